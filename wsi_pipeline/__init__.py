@@ -1,0 +1,1 @@
+"""Whole-slide histology images into tables of nuclei, glands, lumina and tissue."""

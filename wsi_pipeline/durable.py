@@ -1,0 +1,94 @@
+"""Files that are complete or absent: write beside, sync, rename.
+
+A name that is visible is finished. Unfinished work lies beside it under a name that
+starts with a dot and ends in ``.partial``, and a later run may sweep it away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wsi_pipeline.errors import DiskFullError
+
+__all__ = ["disk_errors", "durable_file", "partial_path", "publish_directory", "remove_tree", "sync_tree"]
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name under which unfinished work for ``path`` lies."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success sync it and rename it.
+
+    An exception inside the block removes the temporary file, leaves whatever lay
+    under the final name, and goes on; "no space left" becomes :class:`DiskFullError`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with disk_errors(path):
+            yield beside
+            _sync(beside)
+            os.replace(beside, path)
+            _sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def publish_directory(beside: Path, path: Path) -> None:
+    """Sync a finished directory tree and give it its final name, replacing an older one."""
+    with disk_errors(path):
+        sync_tree(beside)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old.partial")
+            remove_tree(old)
+            os.replace(path, old)
+            os.replace(beside, path)
+            remove_tree(old)
+        else:
+            os.replace(beside, path)
+        _sync(path.parent)
+
+
+def sync_tree(root: Path) -> None:
+    """Flush every file and folder below ``root`` to the disk."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder if it is there."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into :class:`DiskFullError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            msg = (
+                f"no space is left to write {path.name} in {path.parent}. "
+                "Free some space and run the same command again: finished work is kept."
+            )
+            raise DiskFullError(msg) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""The errors this package raises on purpose, and the stable code of each.
+
+::
+
+    WsiPipelineError                    code
+    ├── SlideError                      unreadable_slide
+    │   ├── UnsupportedFormatError      unsupported_format
+    │   ├── MissingPixelSizeError       missing_mpp
+    │   └── ImplausiblePixelSizeError   implausible_mpp
+    ├── MaskError                       mask_mismatch
+    ├── ModelBundleError                bad_model
+    ├── ResourceError
+    │   ├── OutOfMemoryError            out_of_memory
+    │   └── DiskFullError               disk_full
+    ├── StoreError                      internal
+    ├── TableError                      internal
+    ├── JobError                        usage: nothing was started
+    └── Interrupted                     asked to stop: run the same command again
+
+A message says what was asked, what was found and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DiskFullError",
+    "ImplausiblePixelSizeError",
+    "Interrupted",
+    "JobError",
+    "MaskError",
+    "MissingPixelSizeError",
+    "ModelBundleError",
+    "OutOfMemoryError",
+    "ResourceError",
+    "SlideError",
+    "StoreError",
+    "TableError",
+    "UnsupportedFormatError",
+    "WsiPipelineError",
+]
+
+
+class WsiPipelineError(Exception):
+    """The root of every error raised on purpose."""
+
+    code = "internal"
+    """Stable string for reports: scripts may compare it."""
+
+
+class SlideError(WsiPipelineError):
+    """A slide cannot be opened or read."""
+
+    code = "unreadable_slide"
+
+
+class UnsupportedFormatError(SlideError):
+    """The file is readable but no reader here understands it as a slide."""
+
+    code = "unsupported_format"
+
+
+class MissingPixelSizeError(SlideError):
+    """The slide does not say how large a pixel is, and nobody else did."""
+
+    code = "missing_mpp"
+
+
+class ImplausiblePixelSizeError(SlideError):
+    """The stated pixel size is outside 0.05-5 micrometres."""
+
+    code = "implausible_mpp"
+
+
+class MaskError(WsiPipelineError):
+    """A tissue mask given by the user does not fit its slide."""
+
+    code = "mask_mismatch"
+
+
+class ModelBundleError(WsiPipelineError):
+    """A model bundle is missing, incomplete, or contradicts itself."""
+
+    code = "bad_model"
+
+
+class ResourceError(WsiPipelineError):
+    """The machine has run out of something."""
+
+
+class OutOfMemoryError(ResourceError):
+    """Host or device memory ran out."""
+
+    code = "out_of_memory"
+
+
+class DiskFullError(ResourceError):
+    """No space is left where the results go."""
+
+    code = "disk_full"
+
+
+class StoreError(WsiPipelineError):
+    """A store of prediction maps is missing, unfinished, or belongs to another job."""
+
+
+class TableError(WsiPipelineError):
+    """An objects or tissue table cannot be read or written."""
+
+
+class JobError(WsiPipelineError):
+    """The run as asked makes no sense; nothing was started."""
+
+    code = "usage"
+
+
+class Interrupted(WsiPipelineError):  # noqa: N818 - a request to stop, not a fault
+    """A signal asked the run to stop; finished blocks are kept."""
+
+    code = "interrupted"
