@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from wsi_pipeline.errors import DiskFullError
 
-__all__ = ["disk_errors", "durable_file", "partial_path", "publish_directory", "remove_tree", "sync_tree"]
+__all__ = [
+    "disk_errors",
+    "durable_file",
+    "partial_path",
+    "publish_directory",
+    "remove_tree",
+    "sweep",
+    "sync_tree",
+]
 
 
 def partial_path(path: Path) -> Path:
@@ -31,7 +43,7 @@ def durable_file(path: Path) -> Iterator[Path]:
     under the final name, and goes on; "no space left" becomes :class:`DiskFullError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with disk_errors(path):
             yield beside
@@ -40,6 +52,24 @@ def durable_file(path: Path) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, stem: str) -> None:
+    """Remove what killed processes of this host left beside the files of one name.
+
+    Args:
+        folder: where the files lie.
+        stem: the files' names without the last extension.
+    """
+    if not folder.is_dir():
+        return
+    own = re.compile(
+        rf"\.{re.escape(stem)}\.[^.]+\.{re.escape(socket.gethostname())}\.(\d+)\.partial"
+    )
+    for path in folder.iterdir():
+        match = own.fullmatch(path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            path.unlink(missing_ok=True)
 
 
 def publish_directory(beside: Path, path: Path) -> None:

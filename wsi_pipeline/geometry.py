@@ -85,9 +85,7 @@ class Box:
 
     def pad(self, margin: int) -> Box:
         """Grow (or with a negative margin shrink) the box on all four sides."""
-        return Box.from_edges(
-            self.x - margin, self.y - margin, self.x1 + margin, self.y1 + margin
-        )
+        return Box.from_edges(self.x - margin, self.y - margin, self.x1 + margin, self.y1 + margin)
 
     def intersect(self, other: Box) -> Box:
         """Return the common part; empty (area 0) where there is none."""

@@ -123,6 +123,4 @@ class TileGrid:
 
     def only(self, tiles: tuple[Tile, ...]) -> TileGrid:
         """Return the same lattice with other tiles."""
-        return TileGrid(
-            grid=self.grid, tile_px=self.tile_px, halo_px=self.halo_px, tiles=tiles
-        )
+        return TileGrid(grid=self.grid, tile_px=self.tile_px, halo_px=self.halo_px, tiles=tiles)

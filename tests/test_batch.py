@@ -1,0 +1,148 @@
+"""Slide lists, shards, and the record of a run."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wsi_pipeline.batch import collect_slides, freeze_run, parse_shard, read_run, take_shard
+from wsi_pipeline.errors import JobError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.svs", "a.tiff", "notes.md", "c.SVS"):
+        (tmp_path / name).touch()
+    (tmp_path / "c").mkdir()
+    return tmp_path
+
+
+def ids(entries):
+    return [entry.slide_id for entry in entries]
+
+
+def test_files_folders_and_globs(folder):
+    assert ids(collect_slides([str(folder)])) == ["a", "b", "c"]
+    assert ids(collect_slides([str(folder / "*.svs")])) == ["b"]
+    assert ids(collect_slides([str(folder / "b.svs"), str(folder / "a.tiff")])) == ["a", "b"]
+    # The same file twice is one slide.
+    assert ids(collect_slides([str(folder / "b.svs"), str(folder / "*.svs")])) == ["b"]
+
+
+def test_urls_are_taken_as_they_are():
+    (entry,) = collect_slides(["s3://bucket/deep/x.y.svs"])
+    assert (entry.path, entry.slide_id) == ("s3://bucket/deep/x.y.svs", "x.y")
+
+
+def test_text_list(folder):
+    (folder / "list.txt").write_text("# mine\nb.svs\n\n" + str(folder / "a.tiff") + "\n")
+    entries = collect_slides([str(folder / "list.txt")])
+    assert [e.path for e in entries] == [str(folder / "a.tiff"), str(folder / "b.svs")]
+
+
+def test_csv_list(folder):
+    (folder / "list.csv").write_text(
+        "path,slide_id,mpp,mask\nb.svs,patient-1,0.4,m.png\na.tiff,,,\n"
+    )
+    first, second = collect_slides([str(folder / "list.csv")])
+    assert (first.slide_id, first.mpp, first.mask) == ("a", None, None)
+    assert (second.slide_id, second.mpp) == ("patient-1", 0.4)
+    assert second.mask == str(folder / "m.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,mpp\nb.svs,1\n", "needs 'path'"),
+        ("path,colour\nb.svs,red\n", "needs 'path'"),
+        ("path,mpp\nb.svs,small\n", "line 2: mpp 'small'"),
+        ("path,slide_id\nb.svs,../up\n", "name of a file"),
+    ],
+)
+def test_bad_lists_name_the_fault(folder, text, message):
+    (folder / "list.csv").write_text(text)
+    with pytest.raises(JobError, match=message):
+        collect_slides([str(folder / "list.csv")])
+
+
+def test_what_cannot_be_found_is_refused(folder, tmp_path):
+    with pytest.raises(JobError, match="nothing found"):
+        collect_slides([str(folder / "none.svs")])
+    with pytest.raises(JobError, match="holds no slide"):
+        collect_slides([str(folder / "c")])
+    with pytest.raises(JobError, match="no slides given"):
+        collect_slides([])
+    with pytest.raises(JobError, match="cannot be read"):
+        collect_slides([str(folder / "none.csv")])
+
+
+def test_two_slides_of_one_id_are_refused(folder):
+    (folder / "b.tiff").touch()
+    with pytest.raises(JobError, match="two slides have the id 'b'"):
+        collect_slides([str(folder)])
+
+
+def test_masks_are_found_or_missed_aloud(folder):
+    masks = folder / "masks"
+    masks.mkdir()
+    (masks / "a.png").touch()
+    (entry,) = collect_slides([str(folder / "a.tiff")], mask_dir=masks)
+    assert entry.mask == str(masks / "a.png")
+    with pytest.raises(JobError, match=r"no b\.png"):
+        collect_slides([str(folder)], mask_dir=masks)
+
+
+@given(st.integers(0, 40), st.integers(1, 7))
+def test_shards_partition_the_list(number, count):
+    slides = tuple(range(number))
+    shards = [take_shard(slides, (index, count)) for index in range(count)]
+    assert sorted(s for shard in shards for s in shard) == list(slides)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_shard_forms():
+    array = {
+        "SLURM_ARRAY_TASK_ID": "12",
+        "SLURM_ARRAY_TASK_COUNT": "5",
+        "SLURM_ARRAY_TASK_MIN": "10",
+    }
+    assert parse_shard(None, {}) == (0, 1)
+    assert parse_shard("2/5", {}) == (2, 5)
+    assert parse_shard("auto", array) == (2, 5)
+    for text in ("5/5", "1", "-1/3", "a/b", "1/0"):
+        with pytest.raises(JobError, match="--shard"):
+            parse_shard(text, {})
+    with pytest.raises(JobError, match="SLURM_ARRAY_TASK_ID"):
+        parse_shard("auto", {})
+
+
+def test_run_record_grows_with_slides_but_keeps_its_model(folder, tmp_path):
+    entries = collect_slides([str(folder)])
+    model = {"name": "m", "sha256": "0" * 64}
+    freeze_run(tmp_path, entries[:1], model=model, options={}, overwrite=False)
+    freeze_run(tmp_path, entries[1:], model=model, options={}, overwrite=False)
+    assert [slide["slide_id"] for slide in read_run(tmp_path)["slides"]] == ["a", "b", "c"]
+    other = {"name": "n", "sha256": "1" * 64}
+    with pytest.raises(JobError, match="Use another --out"):
+        freeze_run(tmp_path, entries, model=other, options={}, overwrite=False)
+    freeze_run(tmp_path, entries, model=other, options={}, overwrite=True)
+    assert read_run(tmp_path)["model"] == other
+
+
+def test_the_same_call_leaves_the_record_alone(folder, tmp_path):
+    entries = collect_slides([str(folder)])
+    model = {"name": "m", "sha256": "0"}
+    freeze_run(tmp_path, entries, model=model, options={"a": 1}, overwrite=False)
+    before = os.stat(tmp_path / "run.json")
+    freeze_run(tmp_path, entries, model=model, options={"a": 1}, overwrite=False)
+    assert os.stat(tmp_path / "run.json").st_ino == before.st_ino
+
+
+def test_a_broken_record_is_named(tmp_path):
+    assert read_run(tmp_path) is None
+    for text in ("{", "[]", json.dumps({"slides": []})):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(JobError, match=r"run\.json cannot be read"):
+            read_run(tmp_path)

@@ -1,0 +1,317 @@
+"""The commands as a user types them: output, exit codes, and no traceback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from wsi_pipeline.cli import run, wsi
+from wsi_pipeline.synth import write_slide
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("WSI_DATA", ROOT.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(
+    not (DATA / "slides").is_dir(), reason=f"no data kit at {DATA} (set WSI_DATA)"
+)
+
+
+def invoke(command, *arguments):
+    result = CliRunner().invoke(command, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("slides")
+    write_slide(folder / "one.svs", width=1400, height=1200, mpp=0.5, seed=1)
+    write_slide(folder / "two.svs", width=1000, height=900, mpp=0.5, seed=2, truth=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(slides, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    result = invoke(run, slides / "*.svs", "--out", out, "--no-progress")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def report(out: Path, slide_id: str) -> dict:
+    return json.loads((out / "reports" / f"{slide_id}.json").read_text())
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    for slide_id in ("one", "two"):
+        for name in (
+            f"objects/{slide_id}.parquet",
+            f"tissue/{slide_id}.parquet",
+            f"maps/{slide_id}.zarr/zarr.json",
+            f"previews/{slide_id}.png",
+            f"reports/{slide_id}.json",
+            f"logs/{slide_id}.jsonl",
+        ):
+            assert (finished / name).is_file(), name
+        assert report(finished, slide_id)["status"] == "done"
+    assert {s["slide_id"] for s in json.loads((finished / "run.json").read_text())["slides"]} == {
+        "one",
+        "two",
+    }
+    table = pd.read_parquet(finished / "objects")
+    assert set(table.slide_id) == {"one", "two"}
+    assert table[table.kind == "nucleus"].shape[0] > 200
+
+
+def test_the_same_command_again_does_nothing(slides, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    result = invoke(run, slides / "*.svs", "--out", finished, "--no-progress")
+    assert result.exit_code == 0
+    assert "was done before" in result.output
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_status_names_every_state(slides, finished, tmp_path):
+    result = invoke(wsi, "status", finished)
+    assert "2 slides: 2 done, 0 failed, 0 interrupted, 0 missing" in result.output
+    bad = tmp_path / "bad.svs"
+    bad.write_bytes(b"no slide at all")
+    out = tmp_path / "out"
+    result = invoke(run, bad, slides / "two.svs", "--out", out, "--no-progress", "--shard", "0/2")
+    assert result.exit_code == 1
+    result = invoke(wsi, "status", out)
+    assert re.search(r"bad\tfailed\tunreadable_slide: .*\n", result.output)
+    assert "two\tmissing" in result.output
+    assert invoke(wsi, "status", tmp_path).exit_code == 2
+
+
+def test_failed_slides_come_last_with_their_reason(slides, tmp_path):
+    (tmp_path / "aaa.svs").write_bytes(b"no slide at all")
+    result = invoke(
+        run, tmp_path / "aaa.svs", slides / "two.svs", "--out", tmp_path / "out", "--no-progress"
+    )
+    assert result.exit_code == 1
+    table = result.output[result.output.index("┏") :]
+    assert table.index("two") < table.index("aaa")
+    assert "unreadable_slide" in table
+
+
+def test_dry_run_lists_and_touches_nothing(slides, finished, tmp_path):
+    result = invoke(run, slides, "--out", tmp_path / "new", "--dry-run", "--shard", "1/2")
+    assert result.exit_code == 0
+    assert not (tmp_path / "new").exists()
+    line = next(x for x in result.output.splitlines() if x.startswith("two"))
+    assert line.split("\t") == ["two", "1000x900", "0.5", "aperio.MPP", "missing", "1/2"]
+    assert "one\t" not in result.output
+    assert (
+        "one\t1400x1200\t0.5\taperio.MPP\tdone\t0/1"
+        in invoke(run, slides, "--out", finished, "--dry-run").output
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.svs"], "nothing found at 'missing.svs'"),
+        ([], "Missing argument"),
+        (["SLIDES", "--shard", "2/2"], "counts from 0"),
+        (["SLIDES", "--model", "nonsense"], "stain-baseline"),
+        (["SLIDES", "--tile-size", "0"], "positive whole number"),
+        (["SLIDES", "--tile-size", "100"], "multiple of 16"),
+        (["SLIDES", "--device", "abacus"], "abacus"),
+        (["SLIDES", "--precision", "int3"], "fp32"),
+        (["SLIDES", "--nonsense"], "No such option"),
+    ],
+)
+def test_wrong_use_is_code_2_and_says_what_is_right(slides, tmp_path, arguments, message):
+    arguments = [str(slides) if a == "SLIDES" else a for a in arguments]
+    result = invoke(run, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not list(tmp_path.glob("out/reports/*"))
+
+
+def test_every_option_changes_something(slides, finished, tmp_path):
+    def go(*options, name="two"):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        result = invoke(run, slides / f"{name}.svs", "--out", out, "--no-progress", *options)
+        assert result.exit_code == 0, result.output
+        return out, result
+
+    plain = report(finished, "two")
+    out, _ = go("--mpp", "0.45")
+    assert report(out, "two")["mpp"] == {"x": 0.45, "y": 0.45, "source": "argument"}
+    assert report(out, "two")["tissue_mm2"] != plain["tissue_mm2"]
+    out, _ = go("--precision", "bf16", "--device", "cpu")
+    assert (report(out, "two")["precision"], plain["precision"]) == ("bf16", "fp32")
+    out, _ = go("--drop-maps", "--tile-size", "256", "--batch-size", "2", "--workers", "1")
+    assert not (out / "maps" / "two.zarr").exists()
+    tile_px = pd.read_parquet(out / "objects" / "two.parquet")
+    assert len(tile_px)
+    assert json.loads((out / "run.json").read_text())["options"]["batch_size"] == 2
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    Image.fromarray(np.kron([[255, 0]], np.ones((90, 50))).astype(np.uint8)).save(masks / "two.png")
+    out, _ = go("--mask-dir", masks)
+    assert report(out, "two")["tissue_mm2"] == pytest.approx(0.45 * 0.25, rel=0.02)
+    _, result = go("--log-format", "json")
+    events = [json.loads(x) for x in result.output.splitlines() if x.startswith("{")]
+    assert events[-1]["event"] == "end"
+    assert events[-1]["status"] == "done"
+    _, result = go("-v")
+    assert "INFO" in result.output
+
+
+def test_overwrite_retry_and_fail_fast(slides, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.svs").write_bytes(b"no slide at all")
+    out = tmp_path / "out"
+
+    def go(*options):
+        return invoke(run, tmp_path / "*.svs", "--out", out, "--no-progress", *options)
+
+    assert go("--fail-fast").exit_code == 1
+    assert not (out / "reports" / "b.json").exists()
+    assert go().exit_code == 1
+    first = report(out, "b")["started"]
+    go("--no-retry-failed")
+    assert report(out, "b")["started"] == first
+    go("--retry-failed")
+    assert report(out, "b")["started"] != first
+    done = tmp_path / "done"
+    invoke(run, slides / "two.svs", "--out", done, "--no-progress")
+    first = report(done, "two")["started"]
+    invoke(run, slides / "two.svs", "--out", done, "--no-progress", "--overwrite")
+    assert report(done, "two")["started"] != first
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_signals_stop_and_the_same_command_goes_on(tmp_path, number, code):
+    slide = tmp_path / "big.svs"
+    write_slide(slide, width=5000, height=5000, mpp=0.5, seed=5, truth=False)
+    command = [sys.executable, "-c", "from wsi_pipeline.cli import main_run; main_run()"]
+    command += [str(slide), "--out", str(tmp_path / "out"), "--tile-size", "256"]
+    command += ["--no-progress", "--batch-size", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    chunks = tmp_path / "out" / "maps" / ".big.zarr.partial" / "nuclei" / "prob" / "c"
+    deadline = time.monotonic() + 120
+    while not chunks.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert report(tmp_path / "out", "big")["status"] == "interrupted"
+    assert "interrupted" in invoke(wsi, "status", tmp_path / "out").output
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert report(tmp_path / "out", "big")["restarts"] == 1
+
+
+def test_info_knows_slides_tables_maps_and_models(slides, finished):
+    output = invoke(wsi, "info", slides / "one.svs").output
+    assert "1400 x 1200 px" in output
+    assert "0.5 x 0.5 um, from aperio.MPP" in output
+    output = invoke(wsi, "info", finished / "objects" / "one.parquet").output
+    assert "one.svs" in output
+    assert "stain-baseline" in output
+    output = invoke(wsi, "info", finished / "maps" / "one.zarr").output
+    assert "nuclei/prob: 1400 x 1200" in output
+    output = invoke(wsi, "info", ROOT / "models" / "stain-baseline").output
+    assert "head       lumen (instance, stride 2)" in output
+    result = invoke(wsi, "info", slides)
+    assert result.exit_code == 2
+    assert "neither a model bundle" in result.output
+
+
+def test_models_lists_the_default():
+    assert "stain-baseline (default)" in invoke(wsi, "models").output
+
+
+def test_doctor_runs_the_main_job():
+    result = invoke(wsi, "doctor")
+    assert result.exit_code == 0, result.output
+    assert "nucleus" in result.output
+    result = invoke(wsi, "doctor", "--model", "nonsense")
+    assert result.exit_code == 1
+    assert "FAIL  model" in result.output
+
+
+def test_synth_writes_a_slide_and_its_truth(tmp_path):
+    result = invoke(
+        wsi,
+        "synth",
+        tmp_path / "s.svs",
+        "--width",
+        700,
+        "--height",
+        500,
+        "--mpp",
+        0.5,
+        "--compression",
+        "jpeg2000",
+        "--seed",
+        4,
+    )
+    assert result.exit_code == 0
+    assert "700 x 500 px, " in invoke(wsi, "info", tmp_path / "s.svs").output.replace("size ", "")
+    assert len(pd.read_parquet(tmp_path / "s.truth.parquet"))
+
+
+def test_every_command_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    for name in wsi.commands:
+        assert f"wsi {name}" in text or (name == "run" and "wsi-run" in text), name
+    for option in (p for p in run.params if p.param_type_name == "option"):
+        assert option.help or option.name == "verbose", option.name
+
+
+@pytest.mark.real
+@needs_data
+def test_real_slides_end_as_they_should(tmp_path):
+    """Small real slides whole; the large ones are run by hand (benchmarks/real_slides.py)."""
+    broken = sorted((DATA / "slides_broken").iterdir())
+    small = [
+        DATA / "slides" / n
+        for n in (
+            "CMU-1-Small-Region.svs",
+            "TCGA-CR-7395-01A-01-TS1.svs",
+            "BRACS_1640_N_3_cropped.tiff",
+            "colon_submucosal_lipoma_HE_nompp.tiff",
+        )
+    ]
+    out = tmp_path / "out"
+    result = invoke(run, *broken, *small, "--out", out, "--no-progress")
+    assert result.exit_code == 1
+    codes = {
+        p.stem: (json.loads(p.read_text())["error"] or {}).get("code")
+        for p in (out / "reports").iterdir()
+    }
+    assert codes["CMU-1-Small-Region"] is None
+    assert codes["TCGA-CR-7395-01A-01-TS1"] == "missing_mpp"
+    assert codes["colon_submucosal_lipoma_HE_nompp"] == "missing_mpp"
+    assert codes["BRACS_1640_N_3_cropped"] == "implausible_mpp"
+    for path in broken:
+        assert codes[path.stem] in (
+            "unreadable_slide",
+            "unsupported_format",
+            "missing_mpp",
+            "implausible_mpp",
+        ), path.name
+    result = invoke(run, small[2], "--out", out, "--no-progress", "--mpp", "0.25")
+    assert result.exit_code == 0, result.output
+    assert report(out, "BRACS_1640_N_3_cropped")["mpp"]["source"] == "argument"
+    assert report(out, "CMU-1-Small-Region")["counts"]["nucleus"] > 500

@@ -1,0 +1,65 @@
+"""Files are complete or absent."""
+
+import errno
+import os
+import socket
+
+import pytest
+
+from wsi_pipeline.durable import durable_file, publish_directory, sweep
+from wsi_pipeline.errors import DiskFullError
+
+
+def test_success_renames_and_leaves_nothing_beside(tmp_path):
+    with durable_file(tmp_path / "a" / "b.txt") as beside:
+        beside.write_text("whole")
+        assert not (tmp_path / "a" / "b.txt").exists()
+    assert (tmp_path / "a" / "b.txt").read_text() == "whole"
+    assert os.listdir(tmp_path / "a") == ["b.txt"]
+
+
+def test_failure_keeps_the_old_file_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "b.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), durable_file(path) as beside:  # noqa: PT012
+        beside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["b.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named(tmp_path, number):
+    with pytest.raises(DiskFullError, match="Free some space"), durable_file(tmp_path / "b"):
+        raise OSError(number, "full")
+
+
+def test_other_disk_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(PermissionError), durable_file(tmp_path / "b"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_directories_replace_each_other_whole(tmp_path):
+    for text in ("one", "two"):
+        beside = tmp_path / "beside"
+        beside.mkdir()
+        (beside / text).write_text(text)
+        publish_directory(beside, tmp_path / "final")
+        assert os.listdir(tmp_path / "final") == [text]
+    assert os.listdir(tmp_path) == ["final"]
+
+
+def test_sweep_takes_only_the_files_of_dead_processes_of_this_host(tmp_path):
+    host = socket.gethostname()
+    dead = 2**22 + 1
+    keep = [
+        f".a.parquet.{host}.{os.getpid()}.partial",
+        f".a.parquet.elsewhere.{dead}.partial",
+        f".b.parquet.{host}.{dead}.partial",
+        "a.parquet",
+    ]
+    for name in [*keep, f".a.parquet.{host}.{dead}.partial"]:
+        (tmp_path / name).touch()
+    sweep(tmp_path, "a")
+    assert sorted(os.listdir(tmp_path)) == sorted(keep)
+    sweep(tmp_path / "absent", "a")

@@ -1,0 +1,3 @@
+"""The networks against an independent forward pass, and against themselves."""
+
+from __future__ import annotations

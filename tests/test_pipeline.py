@@ -1,0 +1,402 @@
+"""The whole job with a small stand-in for the network: resume, faults, and the same bytes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from PIL import Image
+from scipy import ndimage
+
+from wsi_pipeline import pipeline
+from wsi_pipeline.durable import partial_path
+from wsi_pipeline.engines import run_slides
+from wsi_pipeline.errors import OutOfMemoryError
+from wsi_pipeline.job import SlideJob
+from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
+from wsi_pipeline.store import PredictionBlock, PredictionStore, open_maps
+from wsi_pipeline.synth import write_slide
+from wsi_pipeline.table import read_metadata, read_objects
+
+SPEC = ModelSpec(
+    name="stub",
+    architecture="none",
+    mpp=0.5,
+    halo_px=32,
+    options={},
+    heads=(
+        HeadSpec(
+            name="cells",
+            kind="instance",
+            object_kind="cell",
+            rules=AnchorRules(),
+            parent="dark",
+        ),
+        HeadSpec(name="dark", kind="instance", object_kind="dark", rules=RunRules(), stride=2),
+        HeadSpec(name="area", kind="patch", classes=("pale", "deep"), stride=16),
+    ),
+)
+
+
+class StubPredictor:
+    """Calls dark pixels cells, and dark neighbourhoods areas; stops or fails when told."""
+
+    spec = SPEC
+    name = "stub"
+    digest = "0" * 64
+    device = "cpu"
+    precision = "fp32"
+    halo_px = 32
+
+    def __init__(self, tile_px: int = 256, fail_at: int | None = None, error=RuntimeError):
+        self.tile_px = tile_px
+        self.fail_at = fail_at
+        self.error = error
+        self.seen: list[tuple[int, int]] = []
+
+    def predict(self, slide, tiles, *, stop):
+        for number, tile in enumerate(tiles.tiles):
+            if stop():
+                return
+            if number == self.fail_at:
+                raise self.error("the stub fails as told")
+            self.seen.append((tile.row, tile.column))
+            dark = 255 - slide.read(tiles.grid, tile.write).mean(axis=2)
+            yield PredictionBlock(tile=tile, arrays=self.arrays(tile, dark))
+
+    def arrays(self, tile, dark):
+        inner = np.where(dark > 130, 255, 0).astype(np.uint8)
+        coarse = tile.write.coarsen(2)
+        padded = np.pad(dark, ((0, dark.shape[0] % 2), (0, dark.shape[1] % 2)), mode="edge")
+        half = padded.reshape(coarse.height, 2, coarse.width, 2).mean((1, 3))
+        wide = np.where(half > 75, 255, 0).astype(np.uint8)
+        patch = tile.write.coarsen(16)
+        stripes = np.arange(patch.x, patch.x1) // 8 % 2
+        deep = np.tile(stripes.astype(np.uint8), (patch.height, 1))
+        return {
+            "cells/prob": np.stack([inner, np.zeros_like(inner)]),
+            "dark/prob": np.stack([wide, np.zeros_like(wide)]),
+            "area/prob": np.stack([255 * (1 - deep), 255 * deep]),
+            "area/class": deep,
+        }
+
+
+class Watcher:
+    """Remembers how slides ended, and may ask to stop."""
+
+    def __init__(self, stop_after: int | None = None, stage: str = "predict"):
+        self.stop_after = stop_after
+        self.stage = stage
+        self.stopped = False
+        self.ended: list[tuple[str, str, bool]] = []
+
+    def start(self, job):
+        pass
+
+    def advance(self, job, stage, done, total):
+        if self.stop_after is not None and stage == self.stage and done >= self.stop_after:
+            self.stopped = True
+
+    def finish(self, job, report, *, skipped):
+        self.ended.append((job.slide_id, report.status, skipped))
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("slides") / "a.svs"
+    write_slide(path, width=1500, height=1300, mpp=0.5, seed=3, truth=False)
+    return path
+
+
+def job(slide: Path, out: Path, **changes) -> SlideJob:
+    facts = {"path": str(slide), "slide_id": slide.stem, "model_name": "stub"}
+    return SlideJob(**{**facts, "out": out, "model_digest": "0" * 64, **changes})
+
+
+def go(slide, out, predictor=None, watcher=None, **changes):
+    watcher = watcher or Watcher()
+    how = {k: changes.pop(k) for k in ("overwrite", "retry_failed") if k in changes}
+    (report,) = run_slides(
+        [job(slide, out, **changes)],
+        predictor or StubPredictor(),
+        watcher=watcher,
+        stop=lambda: watcher.stopped,
+        **how,
+    )
+    return report
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """All result files except what holds times."""
+    files = (
+        p for name in ("objects", "tissue", "maps", "previews") for p in out.glob(f"{name}/**/*")
+    )
+    return {str(p.relative_to(out)): p.read_bytes() for p in files if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slide, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return out, go(slide, out)
+
+
+def test_a_slide_gets_all_its_files(undisturbed, slide):
+    out, report = undisturbed
+    assert report.status == "done"
+    assert report.error is None
+    assert report.counts["cell"] > 50
+    assert report.counts["dark"] > 3
+    assert set(report.outputs) == {
+        "objects/a.parquet",
+        "tissue/a.parquet",
+        "maps/a.zarr",
+        "previews/a.png",
+    }
+    on_disk = json.loads((out / "reports" / "a.json").read_text())
+    assert on_disk["counts"] == report.counts
+    assert on_disk["mpp"] == {"x": 0.5, "y": 0.5, "source": "aperio.MPP"}
+    assert set(on_disk["seconds"]) == {"open", "tissue", "predict", "polygonize", "write", "total"}
+    assert on_disk["throughput"]["mm2_per_s"] > 0
+    assert on_disk["bottleneck"] in on_disk["seconds"]
+    assert not [p for p in out.rglob("*") if p.name.endswith(".partial")]
+
+
+def test_table_report_and_maps_tell_one_story(undisturbed):
+    out, report = undisturbed
+    table = pd.read_parquet(out / "objects")
+    assert table.kind.value_counts().to_dict() == report.counts
+    assert table.object_id.is_unique
+    cells = read_objects(out / "objects" / "a.parquet", kind="cell")
+    maps = open_maps(out / "maps" / "a.zarr")
+    inner = maps["cells/prob"][0].compute() > 127
+    # Without a contour channel a cell is its interior less one pixel all around.
+    eroded = ndimage.binary_erosion(inner, border_value=1)
+    labels, _ = ndimage.label(eroded)
+    areas = np.bincount(labels.ravel())[1:]
+    sides = np.array([[s.stop - s.start for s in box] for box in ndimage.find_objects(labels)])
+    cell = (areas >= 8) & (sides.max(axis=1) <= 256)
+    assert len(cells) == cell.sum()
+    assert cells.area_um2.sum() / 0.25 == pytest.approx(areas[cell].sum(), rel=0.05)
+    dark = set(table[table.kind == "dark"].object_id)
+    parents = set(cells.parent_id.dropna())
+    assert parents
+    assert parents <= dark
+    assert set(table.tissue.dropna().unique()) <= {"pale", "deep"}
+    assert table.tissue.notna().mean() > 0.9
+    metadata = read_metadata(out / "objects" / "a.parquet")
+    assert metadata["slide"]["name"] == "a.svs"
+    assert metadata["model"]["sha256"] == "0" * 64
+    tissue = pd.read_parquet(out / "tissue" / "a.parquet")
+    outline = tissue[tissue.kind == "outline"]
+    assert outline.area_um2.sum() / 1e6 == pytest.approx(report.tissue_mm2, rel=1e-3)
+    assert set(tissue["class"].dropna()) == {"pale", "deep"}
+
+
+def test_nothing_is_predicted_beyond_the_tissue(undisturbed, slide, tmp_path):
+    mask = np.zeros((13, 15), np.uint8)
+    mask[3:9, 4:11] = 255
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    report = go(slide, tmp_path / "out", mask=tmp_path / "a.png")
+    assert report.tissue_mm2 == pytest.approx(6 * 7 * 0.05**2)
+    whole = open_maps(undisturbed[0] / "maps" / "a.zarr")["cells/prob"].compute()
+    inside = np.kron(mask > 0, np.ones((100, 100), bool))
+    masked = open_maps(tmp_path / "out" / "maps" / "a.zarr")["cells/prob"].compute()
+    np.testing.assert_array_equal(masked, whole * inside)
+
+
+@pytest.mark.parametrize("stage", ["predict", "polygonize"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_slide_goes_on_to_the_same_bytes(slide, undisturbed, tmp_path, stage, after):
+    first = StubPredictor()
+    report = go(slide, tmp_path, first, Watcher(after, stage))
+    if report.status == "done":
+        pytest.skip("the slide has fewer steps in this stage")
+    assert report.status == "interrupted"
+    assert not (tmp_path / "objects" / "a.parquet").exists()
+    second = StubPredictor()
+    assert go(slide, tmp_path, second).status == "done"
+    assert not set(first.seen) & set(second.seen)
+    assert results(tmp_path) == results(undisturbed[0])
+
+
+class Killed(BaseException):
+    """As sudden as a kill: nothing is caught, reported or tidied."""
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "wsi_pipeline.store.PredictionStore._write_chunks",
+        "wsi_pipeline.store.build_pyramid",
+        "wsi_pipeline.store.publish_directory",
+        "wsi_pipeline.pipeline.extract_objects",
+        "wsi_pipeline.pipeline.write_tissue",
+        "wsi_pipeline.pipeline.write_preview",
+        "wsi_pipeline.job.RunReport.write",
+    ],
+)
+def test_killed_anywhere_the_slide_ends_with_the_same_bytes(
+    slide, undisturbed, tmp_path, monkeypatch, place
+):
+    def kill(*_args, **_kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, kill)
+        with pytest.raises(Killed):
+            go(slide, tmp_path)
+    assert not (tmp_path / "reports" / "a.json").exists()
+    assert go(slide, tmp_path).status == "done"
+    assert results(tmp_path) == results(undisturbed[0])
+
+
+def test_a_failed_slide_is_a_report_and_is_tried_again(slide, tmp_path):
+    report = go(slide, tmp_path, StubPredictor(fail_at=2))
+    assert report.status == "failed"
+    assert report.error == {
+        "code": "internal",
+        "stage": "predict",
+        "message": "RuntimeError: the stub fails as told",
+    }
+    again = StubPredictor()
+    assert go(slide, tmp_path, again, retry_failed=False).status == "failed"
+    assert not again.seen
+    assert go(slide, tmp_path, again).status == "done"
+    log = [json.loads(line) for line in (tmp_path / "logs" / "a.jsonl").read_text().splitlines()]
+    assert "RuntimeError" in next(x for x in log if x["event"] == "error")["traceback"]
+
+
+def test_known_errors_keep_their_code(slide, tmp_path):
+    report = go(slide, tmp_path, StubPredictor(fail_at=0, error=OutOfMemoryError))
+    assert report.error["code"] == "out_of_memory"
+    report = go(tmp_path / "absent.svs", tmp_path)
+    assert report.error["code"] == "unreadable_slide"
+    assert report.error["stage"] == "open"
+
+
+def test_done_slides_are_skipped_unless_something_changed(slide, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "out")
+    out = tmp_path / "out"
+
+    def again(**changes):
+        predictor, watcher = StubPredictor(), Watcher()
+        report = go(slide, out, predictor, watcher, **changes)
+        assert report.status == "done"
+        return watcher.ended[0][2], bool(predictor.seen)
+
+    assert again() == (True, False)
+    (out / "objects" / "a.parquet").write_bytes(b"short")
+    assert again() == (False, False)  # maps are good, so no network is run
+    assert results(out) == results(undisturbed[0])
+    assert again(overwrite=True) == (False, True)
+    assert again(mpp=0.45) == (False, True)
+    assert again(model_digest="1" * 64) == (False, True)
+
+
+def test_dropped_maps_leave_the_tables(slide, undisturbed, tmp_path):
+    report = go(slide, tmp_path, keep_maps=False)
+    assert not (tmp_path / "maps" / "a.zarr").exists()
+    assert "maps/a.zarr" not in report.outputs
+    assert (tmp_path / "objects" / "a.parquet").read_bytes() == (
+        undisturbed[0] / "objects" / "a.parquet"
+    ).read_bytes()
+    watcher = Watcher()
+    go(slide, tmp_path, watcher=watcher, keep_maps=False)
+    assert watcher.ended == [("a", "done", True)]
+
+
+def test_tables_do_not_depend_on_the_tile_size_or_workers(slide, undisturbed, tmp_path):
+    """The stub sees no halo, so its maps are the same whatever the tiles."""
+    go(slide, tmp_path, StubPredictor(tile_px=512))
+    ours = pd.read_parquet(tmp_path / "objects" / "a.parquet")
+    pd.testing.assert_frame_equal(ours, pd.read_parquet(undisturbed[0] / "objects" / "a.parquet"))
+
+
+def test_glass_is_done_with_a_warning_and_an_empty_table(tmp_path, undisturbed):
+    from wsi_pipeline.slide import Slide
+
+    Image.fromarray(np.zeros((13, 15), np.uint8)).save(tmp_path / "a.png")
+    source = Path(json.loads((undisturbed[0] / "reports" / "a.json").read_text())["path"])
+    report = go(source, tmp_path, mask=tmp_path / "a.png")
+    assert report.status == "done"
+    assert [w["code"] for w in report.warnings] == ["no_tissue"]
+    table = pd.read_parquet(tmp_path / "objects" / "a.parquet")
+    assert len(table) == 0
+    full = pd.read_parquet(undisturbed[0] / "objects" / "a.parquet")
+    assert list(table.columns) == list(full.columns)
+    with Slide.open(source) as slide:
+        grid = slide.working_grid(0.5)
+    assert open_maps(tmp_path / "maps" / "a.zarr")["cells/prob"].shape == (2, *grid.size[::-1])
+
+
+def test_one_bad_slide_does_not_end_the_batch(slide, tmp_path):
+    bad = tmp_path / "bad.svs"
+    bad.write_bytes(b"II*\0 this is no slide")
+    watcher = Watcher()
+    jobs = [job(bad, tmp_path / "out"), job(slide, tmp_path / "out")]
+    reports = run_slides(jobs, StubPredictor(), watcher=watcher, stop=lambda: False)
+    assert [r.status for r in reports] == ["failed", "done"]
+    reports = run_slides(jobs, StubPredictor(), watcher=watcher, stop=lambda: False, fail_fast=True)
+    assert [r.status for r in reports] == ["failed"]
+
+
+def test_on_another_device_tables_are_made_beside_the_next_slide(slide, tmp_path):
+    other = tmp_path / "b.svs"
+    shutil.copy(slide, other)
+    predictor = StubPredictor()
+    predictor.device = "cuda:0"
+    jobs = [job(slide, tmp_path / "out"), job(other, tmp_path / "out")]
+    reports = run_slides(jobs, predictor, watcher=Watcher(), stop=lambda: False)
+    assert [r.status for r in reports] == ["done", "done"]
+    a, b = (pd.read_parquet(tmp_path / "out" / "objects" / f"{n}.parquet") for n in "ab")
+    pd.testing.assert_frame_equal(a.drop(columns="slide_id"), b.drop(columns="slide_id"))
+
+
+def test_restarts_are_counted(slide, tmp_path):
+    for _ in range(2):
+        go(slide, tmp_path, watcher=Watcher(1))
+    assert go(slide, tmp_path).restarts == 2
+    assert go(slide, tmp_path, overwrite=True).restarts == 0
+
+
+def test_an_unreadable_region_is_reported_and_kept(slide, tmp_path, monkeypatch):
+    from wsi_pipeline.geometry import Box
+    from wsi_pipeline.slide import Slide
+
+    monkeypatch.setattr(Slide, "holes", (Box(x=0, y=0, width=750, height=1300),))
+    report = go(slide, tmp_path)
+    assert report.status == "done"
+    assert 0.2 < report.unreadable_fraction < 0.8
+    assert report.warnings[0]["code"] == "corrupt_region"
+    # The share is in the maps, so that a later run on them reports it too.
+    monkeypatch.undo()
+    (tmp_path / "reports" / "a.json").unlink()
+    assert go(slide, tmp_path).unreadable_fraction == report.unreadable_fraction
+
+
+def test_maps_of_another_job_under_the_final_name_are_replaced(slide, undisturbed, tmp_path):
+    go(slide, tmp_path, model_digest="2" * 64)
+    assert go(slide, tmp_path).status == "done"
+    assert results(tmp_path) == results(undisturbed[0])
+    store = PredictionStore.open(tmp_path / "maps" / "a.zarr")
+    assert store.meta["identity"].endswith("cpu fp32 256")
+    assert not partial_path(tmp_path / "maps" / "a.zarr").exists()
+
+
+def test_pipeline_imports_no_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, wsi_pipeline.pipeline, wsi_pipeline.engines; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_store_is_a_plain_zarr_group(undisturbed):
+    group = zarr.open_group(undisturbed[0] / "maps" / "a.zarr", mode="r")
+    assert group["cells/prob"].dtype == np.uint8
+    assert pipeline.TISSUE_MPP == 8.0

@@ -1,0 +1,244 @@
+"""The prediction store: whole chunks, resume, seal, and what other tools make of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wsi_pipeline.durable import partial_path
+from wsi_pipeline.errors import DiskFullError, StoreError
+from wsi_pipeline.geometry import Box, PixelGrid
+from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
+from wsi_pipeline.store import PredictionBlock, PredictionStore, open_maps
+from wsi_pipeline.tiling import TileGrid
+
+SPEC = ModelSpec(
+    name="test",
+    architecture="none",
+    mpp=0.5,
+    halo_px=16,
+    options={},
+    heads=(
+        HeadSpec(name="cells", kind="instance", object_kind="cell", rules=AnchorRules()),
+        HeadSpec(
+            name="cells-class", kind="class", classes=("none", "a"), classifies="cells", stride=1
+        ),
+        HeadSpec(name="rings", kind="instance", object_kind="ring", rules=RunRules(), stride=2),
+        HeadSpec(name="area", kind="patch", classes=("x", "y", "z"), stride=16),
+    ),
+)
+GRID = PixelGrid(origin=(0.0, 0.0), spacing=(2.0, 2.0), size=(333, 270))
+
+
+def make(path: Path, identity: str = "job", tile_px: int = 64) -> tuple[PredictionStore, TileGrid]:
+    tiles = TileGrid.cover(GRID, tile_px=tile_px, halo_px=16)
+    store = PredictionStore.create(
+        path, spec=SPEC, tiles=tiles, pixel_size=(0.25, 0.26), identity=identity
+    )
+    return store, tiles
+
+
+def truth(key: str) -> np.ndarray:
+    head = SPEC.head(key.rsplit("/", 1)[0])
+    width, height = GRID.coarsen(head.stride).size
+    channels = len(head.prob_channels) if key.endswith("prob") else 0
+    rng = np.random.default_rng(len(key))
+    shape = (channels, height, width) if channels else (height, width)
+    return rng.integers(0, 255, shape).astype(np.uint8)
+
+
+def block(store: PredictionStore, tile) -> PredictionBlock:
+    arrays = {}
+    for key in store.keys:
+        box = tile.write.coarsen(SPEC.head(key.rsplit("/", 1)[0]).stride)
+        arrays[key] = truth(key)[(..., *box.slices)]
+    return PredictionBlock(tile=tile, arrays=arrays)
+
+
+def fill(store, tiles, count=None):
+    for tile in store.missing(tiles).tiles[:count]:
+        store.write(block(store, tile))
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_round_trip_and_final_name(tmp_path):
+    path = tmp_path / "maps" / "a.zarr"
+    store, tiles = make(path)
+    fill(store, tiles)
+    assert not path.exists()
+    sealed = store.seal()
+    assert path.is_dir()
+    assert not partial_path(path).exists()
+    for key in sealed.keys:
+        whole = sealed.read(key, sealed.head_grid(key.rsplit("/", 1)[0]).box)
+        np.testing.assert_array_equal(whole, truth(key))
+        np.testing.assert_array_equal(open_maps(path)[key].compute(), truth(key))
+
+
+def test_interrupted_store_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    for name, stops in (("one", [None]), ("two", [3, 0, 7, None])):
+        for count in stops:
+            store, tiles = make(tmp_path / f"{name}.zarr")
+            fill(store, tiles, count)
+        assert not store.missing(tiles).tiles
+        store.seal()
+    assert tree(tmp_path / "one.zarr") == tree(tmp_path / "two.zarr")
+
+
+def test_another_identity_starts_again(tmp_path):
+    store, tiles = make(tmp_path / "a.zarr")
+    fill(store, tiles, 3)
+    other, tiles = make(tmp_path / "a.zarr", identity="other")
+    assert len(other.missing(tiles).tiles) == len(tiles.tiles)
+
+
+def test_unfinished_template_is_made_again(tmp_path):
+    beside = partial_path(tmp_path / "a.zarr")
+    zarr.create_group(beside).create_array("cells/prob", shape=(1,), dtype="uint8")
+    store, tiles = make(tmp_path / "a.zarr")
+    fill(store, tiles)
+    assert store.seal().keys
+
+
+def test_partial_chunks_are_refused(tmp_path):
+    store, tiles = make(tmp_path / "a.zarr")
+    good = block(store, tiles.tiles[0])
+    short = {k: v[..., :-1] for k, v in good.arrays.items()}
+    with pytest.raises(StoreError, match="whole chunks"):
+        store.write(PredictionBlock(tile=good.tile, arrays=short))
+    with pytest.raises(StoreError, match="must hold"):
+        store.write(PredictionBlock(tile=good.tile, arrays={}))
+    assert store.missing(tiles) == tiles
+
+
+def test_unfinished_or_foreign_stores_do_not_open(tmp_path):
+    make(tmp_path / "a.zarr")
+    with pytest.raises(StoreError, match="unfinished one"):
+        PredictionStore.open(tmp_path / "a.zarr")
+    (tmp_path / "b.zarr").mkdir()
+    with pytest.raises(StoreError, match="no finished store"):
+        open_maps(tmp_path / "b.zarr")
+
+
+def test_glass_costs_no_files_and_reads_as_zero(tmp_path):
+    store, tiles = make(tmp_path / "a.zarr")
+    store.write(block(store, tiles.tiles[4]))
+    sealed = store.seal()
+    key = "cells/prob"
+    expected = np.zeros_like(truth(key))
+    where = (..., *tiles.tiles[4].write.slices)
+    expected[where] = truth(key)[where]
+    np.testing.assert_array_equal(sealed.read(key, sealed.grid.box), expected)
+    chunks = [p for p in (tmp_path / "a.zarr" / key / "c").rglob("*") if p.is_file()]
+    assert len(chunks) == 1
+
+
+def test_disk_full_is_named_and_the_block_stays_missing(tmp_path, monkeypatch):
+    store, tiles = make(tmp_path / "a.zarr")
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PredictionStore, "_write_chunks", full)
+    with pytest.raises(DiskFullError, match="run the same command again"):
+        store.write(block(store, tiles.tiles[0]))
+    monkeypatch.undo()
+    assert len(store.missing(tiles).tiles) == len(tiles.tiles)
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    store, tiles = make(tmp_path_factory.mktemp("s") / "a.zarr", tile_px=1024 + 512)
+    fill(store, tiles)
+    return store.seal()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A store big enough to have pyramids, with odd sides."""
+    path = tmp_path_factory.mktemp("l") / "a.zarr"
+    grid = PixelGrid(origin=(0.0, 0.0), spacing=(1.0, 1.0), size=(2051, 1333))
+    tiles = TileGrid.cover(grid, tile_px=512, halo_px=0)
+    spec = ModelSpec(
+        name="t", architecture="none", mpp=0.5, halo_px=0, options={}, heads=SPEC.heads[:2]
+    )
+    store = PredictionStore.create(path, spec=spec, tiles=tiles, pixel_size=(0.5, 0.5), identity="")
+    rng = np.random.default_rng(0)
+    for tile in tiles.tiles:
+        h, w = tile.write.height, tile.write.width
+        store.write(
+            PredictionBlock(
+                tile=tile,
+                arrays={
+                    "cells/prob": rng.integers(0, 256, (2, h, w)).astype(np.uint8),
+                    "cells-class/class": rng.integers(0, 2, (h, w)).astype(np.uint8),
+                },
+            )
+        )
+    return store.seal()
+
+
+@given(
+    x=st.integers(-50, 400),
+    y=st.integers(-50, 300),
+    width=st.integers(0, 200),
+    height=st.integers(0, 200),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_windows_equal_the_whole_padded_with_zeros(sealed, x, y, width, height):
+    key = "cells/prob"
+    padded = np.pad(truth(key), ((0, 0), (60, 600), (60, 700)))
+    window = sealed.read(key, Box(x=x, y=y, width=width, height=height))
+    np.testing.assert_array_equal(
+        window, padded[:, y + 60 : y + 60 + height, x + 60 : x + 60 + width]
+    )
+
+
+def test_pyramid_is_the_mean_of_existing_pixels(large):
+    group = zarr.open_group(large.path, mode="r")
+    fine = group["cells/prob"][:].astype(np.int64)
+    padded = np.pad(fine, ((0, 0), (0, 1), (0, 1)), mode="edge")
+    cells = padded.reshape(2, padded.shape[1] // 2, 2, padded.shape[2] // 2, 2)
+    np.testing.assert_array_equal(group["cells/prob_2x"][:], (cells.sum((2, 4)) + 2) // 4)
+    np.testing.assert_array_equal(
+        group["cells-class/class_2x"][:], group["cells-class/class"][:][::2, ::2]
+    )
+    assert max(group["cells/prob_8x"].shape) <= 512
+
+
+def test_scales_and_translations_put_pixels_where_they_are(sealed):
+    entry = next(
+        m
+        for m in zarr.open_group(sealed.path, mode="r").attrs["ome"]["multiscales"]
+        if m["name"] == "rings/prob"
+    )
+    scale, shift = (
+        t[k]
+        for t, k in zip(
+            entry["datasets"][0]["coordinateTransformations"], ("scale", "translation"), strict=True
+        )
+    )
+    # A pixel of this head spans 4 level-0 pixels; the first one's centre is 1.5 pixels from
+    # the centre of level-0 pixel 0.
+    assert scale == pytest.approx([1.0, 4 * 0.26, 4 * 0.25])
+    assert shift == pytest.approx([0.0, 1.5 * 0.26, 1.5 * 0.25])
+
+
+def test_independent_validator_accepts_the_root_and_every_head(sealed, large):
+    tool = Path(sys.executable).with_name("ome-zarr-models")
+    if not tool.exists():
+        pytest.skip("ome-zarr-models is not installed")
+    folders = [large.path, *(large.path / h.name for h in large.spec.heads)]
+    folders += [sealed.path, *(sealed.path / h.name for h in SPEC.heads)]
+    for folder in folders:
+        done = subprocess.run([tool, "validate", folder], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Valid" in done.stdout

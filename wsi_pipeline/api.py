@@ -1,0 +1,197 @@
+"""The pipeline as one function: what ``wsi-run`` does, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from wsi_pipeline.batch import SlideEntry, collect_slides, freeze_run, parse_shard, take_shard
+from wsi_pipeline.engines import Watcher, run_slides
+from wsi_pipeline.job import RunReport, SlideJob
+
+if TYPE_CHECKING:
+    from wsi_pipeline.bundle import ModelBundle
+
+__all__ = ["Plan", "execute", "plan_run", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that is decided on but not begun."""
+
+    out: Path
+    """The results folder."""
+    entries: tuple[SlideEntry, ...]
+    """All slides of the run."""
+    jobs: tuple[SlideJob, ...]
+    """The slides of this shard."""
+    bundle: ModelBundle
+    """The model."""
+
+
+def plan_run(
+    slides: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    mpp: float | None = None,
+    mask_dir: str | os.PathLike[str] | None = None,
+    shard: str | None = None,
+    keep_maps: bool = True,
+) -> Plan:
+    """Find the slides and the model, and say what is to be done; touches nothing.
+
+    Raises:
+        JobError: the slides or the shard make no sense.
+        ModelBundleError: there is no such model, or it is broken.
+    """
+    from wsi_pipeline.bundle import find_bundle
+
+    masks = None if mask_dir is None else Path(mask_dir)
+    entries = tuple(
+        # What a list says of one slide outweighs what is said for all.
+        replace(entry, mpp=mpp) if entry.mpp is None else entry
+        for entry in collect_slides([os.fspath(slide) for slide in slides], mask_dir=masks)
+    )
+    bundle = find_bundle(model)
+    folder = Path(out)
+    jobs = tuple(
+        SlideJob(
+            path=entry.path,
+            slide_id=entry.slide_id,
+            out=folder,
+            model_name=bundle.spec.name,
+            model_digest=bundle.digest,
+            mpp=entry.mpp,
+            mask=Path(entry.mask) if entry.mask else None,
+            keep_maps=keep_maps,
+        )
+        for entry in take_shard(entries, parse_shard(shard, os.environ))
+    )
+    return Plan(out=folder, entries=entries, jobs=jobs, bundle=bundle)
+
+
+def execute(
+    plan: Plan,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | Literal["auto"] = "auto",
+    tile_size: int | Literal["auto"] = "auto",
+    workers: int | Literal["auto"] = "auto",
+    overwrite: bool = False,
+    retry_failed: bool = True,
+    fail_fast: bool = False,
+    watcher: Watcher | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[RunReport]:
+    """Do a plan. The arguments are those of :func:`run`."""
+    from wsi_pipeline.inference import TorchPredictor
+
+    predictor = TorchPredictor.load(
+        plan.bundle,
+        device=device,
+        precision=precision,
+        tile_size=tile_size,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    freeze_run(
+        plan.out,
+        plan.entries,
+        options={
+            "device": device,
+            "precision": precision,
+            "tile_size": tile_size,
+            "batch_size": batch_size,
+            "workers": workers,
+        },
+        model={"name": plan.bundle.spec.name, "sha256": plan.bundle.digest},
+        overwrite=overwrite,
+    )
+    return run_slides(
+        plan.jobs,
+        predictor,
+        watcher=watcher or _Silent(),
+        stop=stop,
+        workers=(os.cpu_count() or 1) if workers == "auto" else workers,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        fail_fast=fail_fast,
+    )
+
+
+def run(
+    slides: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | Literal["auto"] = "auto",
+    tile_size: int | Literal["auto"] = "auto",
+    workers: int | Literal["auto"] = "auto",
+    mpp: float | None = None,
+    mask_dir: str | os.PathLike[str] | None = None,
+    shard: str | None = None,
+    keep_maps: bool = True,
+    overwrite: bool = False,
+    retry_failed: bool = True,
+    fail_fast: bool = False,
+) -> list[RunReport]:
+    """Turn slides into tables, as ``wsi-run`` does.
+
+    Args:
+        slides: files, globs, folders, URLs, or .txt / .csv lists.
+        out: the results folder; a run that was interrupted there goes on.
+        model: name of a bundle or its folder; None is the default bundle.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        batch_size: tiles the network sees at a time.
+        tile_size: side of a tile in pixels of the model's mpp, a multiple of 16.
+        workers: threads that read the slide, and that extract objects.
+        mpp: pixel size of level 0 in micrometres, overrides what the files say.
+        mask_dir: folder of own tissue masks, ``<slide_id>.png``, any resolution.
+        shard: ``"I/N"`` takes every N-th slide from the I-th on (from 0), or ``"auto"``.
+        keep_maps: keep the zarr maps after the objects are written.
+        overwrite: do finished slides again.
+        retry_failed: try slides again that failed before.
+        fail_fast: begin no further slide after one has failed.
+
+    Returns:
+        One report a slide of this shard; failed ones say why in ``error``.
+
+    Raises:
+        JobError: the run makes no sense as asked; nothing was started.
+        ModelBundleError: there is no such model, or it is broken.
+    """
+    plan = plan_run(
+        slides, out, model=model, mpp=mpp, mask_dir=mask_dir, shard=shard, keep_maps=keep_maps
+    )
+    return execute(
+        plan,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        tile_size=tile_size,
+        workers=workers,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        fail_fast=fail_fast,
+    )
+
+
+class _Silent:
+    """A watcher that keeps quiet."""
+
+    def start(self, job: SlideJob) -> None:
+        """Say nothing."""
+
+    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
+        """Say nothing."""

@@ -1,0 +1,253 @@
+"""Which slides a run is about: from files, globs, folders and lists to one frozen list.
+
+The list and the options that decide results are kept in ``run.json`` of the results
+folder, so that every shard and every later call of the same command means the same run.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wsi_pipeline.durable import durable_file
+from wsi_pipeline.errors import JobError
+from wsi_pipeline.job import versions
+
+__all__ = ["SlideEntry", "collect_slides", "freeze_run", "parse_shard", "read_run", "take_shard"]
+
+SLIDE_SUFFIXES = frozenset(
+    # One line a family: Aperio and generic TIFF; Hamamatsu; MIRAX, Leica, Ventana, Zeiss, DICOM.
+    {
+        *(".svs", ".tif", ".tiff", ".btf", ".svslide"),
+        *(".ndpi", ".vms", ".vmu"),
+        *(".mrxs", ".scn", ".bif", ".czi", ".dcm"),
+    }
+)
+"""What counts as a slide in a folder. A file named on the command line may be anything."""
+LIST_SUFFIXES = frozenset({".txt", ".csv"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideEntry:
+    """One line of the slide list."""
+
+    path: str
+    """File name or URL."""
+    slide_id: str
+    """Unique in the run."""
+    mpp: float | None = None
+    """Pixel size of level 0, if the list gives one."""
+    mask: str | None = None
+    """Own tissue mask, if there is one."""
+
+
+def collect_slides(
+    inputs: Sequence[str], *, mask_dir: Path | None = None
+) -> tuple[SlideEntry, ...]:
+    """Turn what the user typed into the list of slides, sorted by id.
+
+    Args:
+        inputs: files, globs, folders, URLs, and ``.txt`` or ``.csv`` lists. A CSV has a
+            header with ``path`` and, if wanted, ``slide_id``, ``mpp`` and ``mask``;
+            relative paths in a list start at the list's folder.
+        mask_dir: folder with ``<slide_id>.png``; every slide must have one there, or a mask
+            of its own in the list.
+
+    Raises:
+        JobError: nothing found, an unusable list, a missing mask, or two slides of one id.
+    """
+    entries = [entry for item in inputs for entry in _expand(item)]
+    if not entries:
+        msg = "no slides given; name files, globs, folders, or a .txt or .csv list"
+        raise JobError(msg)
+    if mask_dir is not None:
+        entries = [_with_mask(entry, mask_dir) for entry in entries]
+    by_id: dict[str, SlideEntry] = {}
+    for entry in entries:
+        other = by_id.setdefault(entry.slide_id, entry)
+        if other.path != entry.path:
+            msg = (
+                f"two slides have the id {entry.slide_id!r}: {other.path} and {entry.path}. "
+                "Results are named by id: rename one, or give slide_id in a CSV list."
+            )
+            raise JobError(msg)
+    return tuple(by_id[slide_id] for slide_id in sorted(by_id))
+
+
+def parse_shard(text: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return ``(index, count)`` of ``I/N``; ``auto`` reads the Slurm array's variables.
+
+    Raises:
+        JobError: not of that form, or the variables are not there.
+    """
+    if text is None:
+        return 0, 1
+    if text == "auto":
+        try:
+            index = int(environment["SLURM_ARRAY_TASK_ID"])
+            count = int(environment["SLURM_ARRAY_TASK_COUNT"])
+            first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+        except (KeyError, ValueError) as error:
+            msg = (
+                "--shard auto needs SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, which a "
+                "Slurm array job sets; elsewhere say --shard I/N"
+            )
+            raise JobError(msg) from error
+        index -= first
+    else:
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None:
+            raise JobError(f"--shard must look like 0/8 or be 'auto', not {text!r}")
+        index, count = int(match[1]), int(match[2])
+    if not 0 <= index < count:
+        msg = f"--shard {index}/{count}: the index counts from 0, so it must be 0 to {count - 1}"
+        raise JobError(msg)
+    return index, count
+
+
+def take_shard(entries: Sequence[SlideEntry], shard: tuple[int, int]) -> tuple[SlideEntry, ...]:
+    """Return every ``count``-th slide of the list, from ``index`` on."""
+    index, count = shard
+    return tuple(entries[index::count])
+
+
+def freeze_run(
+    out: Path,
+    entries: Sequence[SlideEntry],
+    *,
+    model: Mapping[str, str],
+    options: Mapping[str, Any],
+    overwrite: bool,
+) -> None:
+    """Write ``run.json``, or check that this call belongs to the run that is there.
+
+    More slides may be added, and a slide may be given another pixel size or mask; another
+    model is refused, because the folder's tables would no longer be comparable.
+
+    Raises:
+        JobError: the folder belongs to another model and ``overwrite`` is not set.
+    """
+    before = read_run(out)
+    if before is not None and before["model"] != dict(model) and not overwrite:
+        there, now = before["model"], model
+        msg = (
+            f"{out} holds results of model {there['name']} ({there['sha256'][:12]}), and this "
+            f"run uses {now['name']} ({now['sha256'][:12]}). Use another --out, or --overwrite "
+            "to do its slides again."
+        )
+        raise JobError(msg)
+    slides = {slide["slide_id"]: slide for slide in (before or {}).get("slides", [])}
+    slides.update({entry.slide_id: asdict(entry) for entry in entries})
+    content = {
+        "slides": [slides[slide_id] for slide_id in sorted(slides)],
+        "options": dict(options),
+        "model": dict(model),
+        "versions": versions(),
+    }
+    if before != content:
+        with durable_file(out / "run.json") as beside:
+            beside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """Read ``run.json`` of a results folder; None where there is none.
+
+    Raises:
+        JobError: there is one, and it cannot be read.
+    """
+    path = out / "run.json"
+    if not path.exists():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if not {"slides", "options", "model"} <= content.keys():
+            raise ValueError("it is no record of a run")
+    except (OSError, ValueError, AttributeError) as error:
+        raise JobError(f"{path} cannot be read ({error}); use another --out") from error
+    return content
+
+
+def _expand(item: str) -> Iterable[SlideEntry]:
+    if "://" in item:
+        return [_entry(item)]
+    path = Path(item)
+    if path.is_dir():
+        # A slide of some vendors is a file with a folder of the same name beside it.
+        found = sorted(
+            p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SLIDE_SUFFIXES
+        )
+        if not found:
+            msg = f"folder {item} holds no slide ({', '.join(sorted(SLIDE_SUFFIXES))})"
+            raise JobError(msg)
+        return [_entry(str(p)) for p in found]
+    if path.suffix.lower() in LIST_SUFFIXES:
+        return _read_list(path)
+    if path.exists():
+        return [_entry(item)]
+    matches = sorted(p for p in glob.glob(item, recursive=True) if Path(p).is_file())  # noqa: PTH207
+    if not matches:
+        raise JobError(f"nothing found at {item!r}: no file, folder or matching name")
+    return [_entry(match) for match in matches]
+
+
+def _read_list(path: Path) -> list[SlideEntry]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"the slide list {path} cannot be read: {error}") from error
+    if path.suffix.lower() == ".txt":
+        lines = [line.strip() for line in text.splitlines()]
+        return [_entry(_resolve(p, path)) for p in lines if p and not p.startswith("#")]
+    rows = csv.DictReader(text.splitlines())
+    columns = set(rows.fieldnames or ())
+    unknown = columns - {"path", "slide_id", "mpp", "mask"}
+    if "path" not in columns or unknown:
+        msg = (
+            f"the slide list {path} has the columns {sorted(columns)}; it needs 'path' and may "
+            "have 'slide_id', 'mpp' and 'mask'"
+        )
+        raise JobError(msg)
+    return [_row(row, number, path) for number, row in enumerate(rows, start=2) if row["path"]]
+
+
+def _row(row: Mapping[str, str | None], line: int, source: Path) -> SlideEntry:
+    entry = _entry(_resolve(str(row["path"]).strip(), source))
+    mpp, mask, slide_id = (str(row.get(k) or "").strip() for k in ("mpp", "mask", "slide_id"))
+    try:
+        size = float(mpp) if mpp else None
+    except ValueError as error:
+        raise JobError(f"{source}, line {line}: mpp {mpp!r} is not a number") from error
+    if slide_id and (os.sep in slide_id or slide_id.startswith(".")):
+        raise JobError(f"{source}, line {line}: {slide_id!r} cannot be the name of a file")
+    return replace(
+        entry,
+        mpp=size,
+        mask=_resolve(mask, source) if mask else None,
+        slide_id=slide_id or entry.slide_id,
+    )
+
+
+def _resolve(text: str, source: Path) -> str:
+    return text if "://" in text else str(source.parent / text)
+
+
+def _entry(path: str) -> SlideEntry:
+    name = path.rstrip("/").rsplit("/", 1)[-1] if "://" in path else Path(path).name
+    return SlideEntry(path=path, slide_id=Path(name).stem)
+
+
+def _with_mask(entry: SlideEntry, mask_dir: Path) -> SlideEntry:
+    if entry.mask is not None:
+        return entry
+    mask = mask_dir / f"{entry.slide_id}.png"
+    if not mask.is_file():
+        msg = f"--mask-dir has no {mask.name} for {entry.path}; looked for {mask}"
+        raise JobError(msg)
+    return replace(entry, mask=str(mask))

@@ -1,0 +1,298 @@
+"""Model bundles: find, verify, load, save, and import upstream's checkpoint.
+
+A bundle is a folder::
+
+    spec.json                      what the model is (ModelSpec)
+    weights.safetensors            its tensors, or shards listed in
+      weights.safetensors.index.json   {"weight_map": {tensor: file}}
+    card.md                        purpose, data, licence, limits, citation
+    metrics.json, train.toml       scores, recipe (optional)
+
+Its digest is the SHA-256 of ``spec.json`` and the weight files: what decides the maps.
+Nothing in a bundle is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from wsi_pipeline.checkpoint import read_cerberus
+from wsi_pipeline.durable import partial_path, publish_directory, remove_tree
+from wsi_pipeline.errors import ModelBundleError
+from wsi_pipeline.network import build_network
+from wsi_pipeline.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "DEFAULT_BUNDLE",
+    "ModelBundle",
+    "find_bundle",
+    "import_cerberus",
+    "list_bundles",
+    "open_bundle",
+    "save_bundle",
+]
+
+DEFAULT_BUNDLE = "stain-baseline"
+"""The bundle that runs when none is named."""
+
+_SPEC = "spec.json"
+_WEIGHTS = "weights.safetensors"
+_INDEX = "weights.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelBundle:
+    """A model on disk: read its spec at once, its weights when asked."""
+
+    spec: ModelSpec
+    """What the model promises."""
+    path: Path
+    """The folder."""
+    digest: str
+    """SHA-256 (hex) of the spec and the weights; equal digests give equal maps."""
+    weight_map: Mapping[str, tuple[str, ...] | None]
+    """Weight files by name; the tensors each must hold, None where no index says so."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.name
+
+    def load_network(self) -> nn.Module:
+        """Build the network and fill it; on the CPU, in float32, in evaluation mode.
+
+        Raises:
+            ModelBundleError: a tensor is missing, unknown, or of another shape; nothing is
+                ever loaded in part.
+        """
+        network = build_network(self.spec)
+        _fill(network, self._tensors(), where=str(self.path))
+        return network.eval()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, promised in self.weight_map.items():
+            try:
+                found = load_file(self.path / name)
+            except (SafetensorError, OSError) as error:
+                raise ModelBundleError(f"{self.path / name} cannot be read: {error}") from error
+            if promised is not None and set(promised) != set(found):
+                raise ModelBundleError(f"{self.path / name} does not hold what {_INDEX} says")
+            tensors.update(found)
+        return tensors
+
+
+def find_bundle(name: str | Path | None = None) -> ModelBundle:
+    """Find a bundle by its name in the model zoo, or by its folder.
+
+    Args:
+        name: a name of the zoo (these win over folders of that name in the working
+            directory; write ``./name`` for the folder), a folder, or None for the default.
+
+    Raises:
+        ModelBundleError: there is no such bundle (the message lists those there are), or
+            it is incomplete.
+    """
+    name = DEFAULT_BUNDLE if name is None else name
+    if isinstance(name, str) and name in (known := _zoo()):
+        return open_bundle(known[name])
+    if Path(name).is_dir():
+        return open_bundle(Path(name))
+    msg = f"there is no model bundle {str(name)!r}: neither a folder nor one of {sorted(_zoo())}"
+    raise ModelBundleError(msg)
+
+
+def list_bundles() -> tuple[ModelBundle, ...]:
+    """Return the bundles of the model zoo by name."""
+    return tuple(open_bundle(path) for _, path in sorted(_zoo().items()))
+
+
+def open_bundle(path: Path) -> ModelBundle:
+    """Open the bundle in a folder; its weights are hashed, not loaded.
+
+    Raises:
+        ModelBundleError: a file is missing or contradicts another.
+    """
+    try:
+        text = (path / _SPEC).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelBundleError(f"{path} is no model bundle: {error}") from error
+    weight_map = _weight_map(path)
+    return ModelBundle(
+        spec=ModelSpec.from_json(text),
+        path=path,
+        digest=_digest(path, weight_map),
+        weight_map=weight_map,
+    )
+
+
+def save_bundle(
+    path: Path,
+    spec: ModelSpec,
+    weights: nn.Module | Mapping[str, Tensor],
+    *,
+    card: str,
+    metrics: Mapping[str, Any] | None = None,
+    recipe: str | None = None,
+) -> ModelBundle:
+    """Write a bundle: complete under its name, or not at all.
+
+    Args:
+        path: the folder; an older bundle there is replaced.
+        spec: what the model is.
+        weights: the network, or its tensors by name.
+        card: text of ``card.md``.
+        metrics: content of ``metrics.json``.
+        recipe: text of ``train.toml``.
+
+    Raises:
+        ModelBundleError: the tensors do not fit the spec.
+        DiskFullError: no space.
+    """
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in state.items()
+        if not _is_counter(name)
+    }
+    _fill(build_network(spec), tensors, where=f"bundle {spec.name!r}")
+    path = _absolute(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = partial_path(path)
+    remove_tree(beside)
+    beside.mkdir()
+    texts = {_SPEC: spec.to_json(), "card.md": card, "train.toml": recipe}
+    if metrics is not None:
+        texts["metrics.json"] = json.dumps(metrics, indent=2) + "\n"
+    for name, text in texts.items():
+        if text is not None:
+            (beside / name).write_text(text, encoding="utf-8")
+    save_file(tensors, beside / _WEIGHTS, metadata={"format": "pt"})
+    publish_directory(beside, path)
+    return open_bundle(path)
+
+
+def import_cerberus(weights_path: Path, out_dir: Path) -> ModelBundle:
+    """Convert a checkpoint of upstream's Cerberus (``weights.tar``) into a bundle.
+
+    The heads, their channels and the widths are read off the tensors. The unused ImageNet
+    classifier (``backbone.fc``) and the batch counters are left out; every other tensor
+    finds its place or the import fails.
+
+    Args:
+        weights_path: what ``torch.save`` wrote; its ``desc`` holds the tensors.
+        out_dir: the bundle's folder; its name becomes the model's.
+
+    Raises:
+        ModelBundleError: not such a checkpoint, or one with missing or unexpected tensors.
+        DiskFullError: no space.
+    """
+    out_dir = _absolute(out_dir)
+    checkpoint = read_cerberus(weights_path, name=out_dir.name)
+    log.info(
+        "%s: %d tensors taken, %d left out",
+        weights_path,
+        len(checkpoint.tensors),
+        len(checkpoint.skipped),
+    )
+    with open(weights_path, "rb") as file:
+        source = hashlib.file_digest(file, "sha256").hexdigest()
+    card = _CERBERUS_CARD.format(name=out_dir.name, sha256=source)
+    return save_bundle(out_dir, checkpoint.spec, checkpoint.tensors, card=card)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - unlike resolve(), keeps links
+
+
+def _zoo() -> dict[str, Path]:
+    # Installed, the zoo is a sub-package; in a checkout it lies beside the package.
+    package = Path(__file__).parent
+    folders = (package / "models", package.parent / "models")
+    zoo = next((folder for folder in folders if folder.is_dir()), None)
+    if zoo is None:
+        return {}
+    return {spec.parent.name: spec.parent for spec in zoo.glob(f"*/{_SPEC}")}
+
+
+def _weight_map(path: Path) -> dict[str, tuple[str, ...] | None]:
+    index = path / _INDEX
+    if not index.is_file():
+        if not (path / _WEIGHTS).is_file():
+            raise ModelBundleError(f"{path} holds neither {_WEIGHTS} nor {_INDEX}")
+        return {_WEIGHTS: None}
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        files = {str(file) for _, file in entries}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelBundleError(f"{index} cannot be read: {error!r}") from error
+    for file in files:
+        # A bundle may come from anywhere: it must not name files outside its folder.
+        if Path(file).name != file or not (path / file).is_file():
+            raise ModelBundleError(f"{index} names {file!r}, which is no file of the bundle")
+    return {
+        file: tuple(tensor for tensor, where in entries if where == file) for file in sorted(files)
+    }
+
+
+def _digest(path: Path, weight_map: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in (_SPEC, *sorted(weight_map)):
+        with open(path / name, "rb") as file:
+            digest.update(f"{name}\n".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _is_counter(name: str) -> bool:
+    # How many batches a normalisation saw in training: no part of the function computed.
+    return name.endswith(".num_batches_tracked")
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    expected = {name: t for name, t in network.state_dict().items() if not _is_counter(name)}
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        msg = f"{where}: {_some('missing', missing)}; {_some('unexpected', unknown)}"
+        raise ModelBundleError(msg)
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if tensors[name].shape != tensor.shape
+    ]
+    if shapes:
+        raise ModelBundleError(f"{where}: {_some('wrong shapes', shapes)}")
+    state = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    network.load_state_dict(state, strict=False)  # only the counters are absent
+
+
+def _some(what: str, names: list[str]) -> str:
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{len(names)} tensors {what}" + (f": {shown}" if names else "")
+
+
+_CERBERUS_CARD = """# {name}
+
+Cerberus: nuclei, glands, lumina and tissue classes in H&E-stained colon, at 0.5 um a pixel.
+Imported from upstream's checkpoint `weights.tar` (SHA-256 {sha256}).
+
+- Licence of the weights: CC BY-NC-SA 4.0. Not for commercial use; share alike; cite the paper.
+- Citation: Graham S. et al., "One model is all you need: multi-task learning enables
+  simultaneous histology image segmentation and classification", Medical Image Analysis 2023.
+- Not validated here; not for diagnosis.
+- Left out on import: the unused ImageNet classifier and the batch counters.
+"""

@@ -1,0 +1,362 @@
+"""The commands ``wsi-run`` and ``wsi``: thin over the functions of the package.
+
+Exit codes: 0 all slides done; 1 some slide failed, the others were still done; 2 wrong use,
+nothing was started; 75 interrupted by SIGTERM or SIGUSR1, 130 by Ctrl-C: run the same
+command again to go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from wsi_pipeline.errors import WsiPipelineError
+
+if TYPE_CHECKING:
+    from wsi_pipeline.api import Plan
+    from wsi_pipeline.progress import BarWatcher, LineWatcher
+
+__all__ = ["main_run", "main_wsi", "run", "wsi"]
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_CTRL_C = 1, 2, 75, 130
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _AutoInt(click.ParamType):
+    """A positive number, or ``auto``."""
+
+    name = "N|auto"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        """Return ``auto`` or the number."""
+        if value == "auto":
+            return value
+        try:
+            number = int(str(value))
+        except ValueError:
+            number = 0
+        if number < 1:
+            self.fail(f"{value!r} is neither a positive whole number nor 'auto'", param, ctx)
+        return number
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Show our own errors as their message, not as a traceback."""
+    try:
+        yield
+    except WsiPipelineError as error:
+        click.echo(f"Error: {error}", err=True)
+        raise SystemExit(EXIT_USAGE) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="wsi-pipeline", prog_name="wsi")
+def wsi() -> None:
+    """Whole-slide histology images into tables of nuclei, glands, lumina and tissue."""
+
+
+@click.command("run", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("slides", nargs=-1, required=True)
+@click.option(
+    "--out",
+    "-o",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the results; a run that was interrupted there goes on.",
+)
+@click.option(
+    "--model",
+    metavar="NAME|DIR",
+    help="Model bundle: a name that `wsi models` lists, or a folder.  "
+    "[default: the bundled default]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, mps")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    help="Arithmetic of the network.",
+)
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    type=_AutoInt(),
+    help="Tiles that the network sees at a time.",
+)
+@click.option(
+    "--tile-size",
+    default="auto",
+    show_default=True,
+    type=_AutoInt(),
+    help="Side of a tile in pixels of the model's mpp, a multiple of 16.",
+)
+@click.option(
+    "--workers",
+    default="auto",
+    show_default=True,
+    type=_AutoInt(),
+    help="Threads that read the slide, and that extract objects.",
+)
+@click.option(
+    "--mpp",
+    type=float,
+    metavar="FLOAT",
+    help="Micrometres per pixel of level 0; overrides what the file says.",
+)
+@click.option(
+    "--mask-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Own tissue masks, <slide_id>.png, any resolution, above 0 is tissue.",
+)
+@click.option(
+    "--shard",
+    metavar="I/N|auto",
+    help="Take every N-th slide from the I-th on; I counts from 0. 'auto' asks the Slurm array.",
+)
+@click.option(
+    "--keep-maps/--drop-maps",
+    default=True,
+    show_default=True,
+    help="Keep the zarr maps after the objects are written.",
+)
+@click.option("--overwrite", is_flag=True, help="Do finished slides again.")
+@click.option(
+    "--retry-failed/--no-retry-failed",
+    default=True,
+    show_default=True,
+    help="Do failed slides again.",
+)
+@click.option("--fail-fast", is_flag=True, help="Begin no further slide after one has failed.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="List the slides with size, mpp and its source, state and shard; do nothing.",
+)
+@click.option(
+    "--progress/--no-progress",
+    default=None,
+    help="Bars or plain lines.  [default: bars on a terminal]",
+)
+@click.option(
+    "--log-format",
+    default="text",
+    show_default=True,
+    type=click.Choice(["text", "json"]),
+    help="Form of the plain lines.",
+)
+@click.option("--verbose", "-v", is_flag=True, help="Also show what the library logs.")
+def run(
+    slides: tuple[str, ...],
+    out: Path,
+    model: str | None,
+    mpp: float | None,
+    mask_dir: Path | None,
+    shard: str | None,
+    keep_maps: bool,
+    dry_run: bool,
+    progress: bool | None,
+    log_format: str,
+    verbose: bool,
+    **how: Any,  # noqa: ANN401 - the options that api.execute takes, checked by click
+) -> None:
+    """Turn SLIDES into tables in the folder --out.
+
+    SLIDES are files, globs, folders, URLs, or a .txt or .csv list (columns: path, and if
+    wanted slide_id, mpp, mask). Running the same command again goes on where it stopped.
+
+    Exit codes: 0 all done; 1 some slide failed, all others were still done; 2 wrong use;
+    75 interrupted, run the same command again; 130 Ctrl-C.
+    """
+    from wsi_pipeline.api import execute, plan_run
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, force=True
+    )
+    with _plain_errors():
+        plan = plan_run(
+            slides, out, model=model, mpp=mpp, mask_dir=mask_dir, shard=shard, keep_maps=keep_maps
+        )
+        if dry_run:
+            _list_plan(plan, shard)
+            return
+        watcher = _watcher(len(plan.jobs), bars=progress, json_lines=log_format == "json")
+        with _signals() as caught:
+            try:
+                reports = execute(plan, watcher=watcher, stop=lambda: bool(caught), **how)
+            finally:
+                watcher.close()
+    if log_format == "text":
+        from rich.console import Console
+
+        from wsi_pipeline.progress import final_table
+
+        Console(stderr=True).print(final_table(reports))
+    if caught:
+        raise SystemExit(EXIT_CTRL_C if signal.SIGINT in caught else EXIT_INTERRUPTED)
+    if any(not report.done for report in reports):
+        raise SystemExit(EXIT_FAILED)
+
+
+wsi.add_command(run)
+
+
+@wsi.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def status(folder: Path) -> None:
+    """Say of each slide of a run in FOLDER whether it is done, failed, interrupted or missing."""
+    from wsi_pipeline.describe import slide_states
+
+    with _plain_errors():
+        states = slide_states(folder)
+    for state in states:
+        click.echo(f"{state.slide_id}\t{state.state}" + (f"\t{state.reason}" * bool(state.reason)))
+    totals = {
+        name: sum(s.state == name for s in states)
+        for name in ("done", "failed", "interrupted", "missing")
+    }
+    click.echo(f"{len(states)} slides: " + ", ".join(f"{n} {name}" for name, n in totals.items()))
+
+
+@wsi.command()
+@click.argument("file", type=str)
+@click.option("--mpp", type=float, help="Pixel size, where a slide does not say it.")
+def info(file: str, mpp: float | None) -> None:
+    """Say what FILE is: a slide, a table, a store of maps or a model; its mpp and provenance."""
+    from wsi_pipeline.describe import describe_file
+
+    with _plain_errors():
+        for line in describe_file(file, mpp=mpp):
+            click.echo(line)
+
+
+@wsi.command()
+@click.option("--model", metavar="NAME|DIR", help="The model to try.")
+def doctor(model: str | None) -> None:
+    """Check that the main job works here; exit status 1 if it does not."""
+    from wsi_pipeline.doctor import examine
+
+    failed = False
+    for check in examine(model):
+        failed |= not check.ok
+        click.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<10} {check.detail}")
+    if failed:
+        raise SystemExit(EXIT_FAILED)
+
+
+@wsi.command()
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--width", default=8192, show_default=True, help="Pixels of level 0.")
+@click.option("--height", default=8192, show_default=True, help="Pixels of level 0.")
+@click.option("--mpp", default=0.25, show_default=True, help="Micrometres per pixel.")
+@click.option("--seed", default=0, show_default=True, help="Another seed is another slide.")
+@click.option(
+    "--compression", default="jpeg", show_default=True, type=click.Choice(["jpeg", "jpeg2000"])
+)
+def synth(out: Path, width: int, height: int, mpp: float, seed: int, compression: str) -> None:
+    """Write a synthetic H&E slide OUT.svs, and its truth to OUT.truth.parquet."""
+    from wsi_pipeline.synth import write_slide
+
+    with _plain_errors():
+        truth = write_slide(
+            out,
+            width=width,
+            height=height,
+            mpp=mpp,
+            seed=seed,
+            compression="jpeg" if compression == "jpeg" else "jpeg2000",
+        )
+    click.echo(f"{out}: {width} x {height} px at {mpp} um; truth in {truth}")
+
+
+@wsi.group(invoke_without_command=True)
+@click.pass_context
+def models(context: click.Context) -> None:
+    """List the model bundles, or import one."""
+    if context.invoked_subcommand is not None:
+        return
+    from wsi_pipeline.bundle import DEFAULT_BUNDLE, list_bundles
+
+    with _plain_errors():
+        for bundle in list_bundles():
+            mark = " (default)" if bundle.spec.name == DEFAULT_BUNDLE else ""
+            click.echo(f"{bundle.spec.name}{mark}\t{bundle.digest[:12]}\t{bundle.spec.description}")
+
+
+@models.command("import-cerberus")
+@click.argument("weights", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle."
+)
+def import_cerberus_command(weights: Path, out: Path) -> None:
+    """Convert upstream's checkpoint WEIGHTS (weights.tar) to a bundle."""
+    from wsi_pipeline.bundle import import_cerberus
+
+    with _plain_errors():
+        bundle = import_cerberus(weights, out)
+    click.echo(f"{bundle.path}: {bundle.spec.description}")
+    click.echo(f"run it with: wsi-run SLIDES... --out DIR --model {out}")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect requests to stop; a second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: finishing the block in work, then stopping\n".encode())
+
+    wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, note) for number in wanted}
+    try:
+        yield caught
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_CTRL_C) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watcher(total: int, *, bars: bool | None, json_lines: bool) -> BarWatcher | LineWatcher:
+    from rich.console import Console
+
+    from wsi_pipeline.progress import BarWatcher, LineWatcher
+
+    console = Console(stderr=True)
+    if bars or (bars is None and console.is_terminal and not json_lines):
+        return BarWatcher(total, console)
+    return LineWatcher(total, json_lines=json_lines)
+
+
+def _list_plan(plan: Plan, shard: str | None) -> None:
+    from wsi_pipeline.describe import plan_lines
+
+    for line in plan_lines(plan, shard):
+        click.echo(line)
+
+
+def main_run(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``wsi-run``."""
+    run.main(args=None if arguments is None else list(arguments), prog_name="wsi-run")
+
+
+def main_wsi(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``wsi``."""
+    wsi.main(args=None if arguments is None else list(arguments), prog_name="wsi")

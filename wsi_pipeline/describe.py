@@ -1,0 +1,150 @@
+"""Plain words about files and folders: what they are, how far a run is, what it would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsi_pipeline.api import Plan
+from wsi_pipeline.batch import parse_shard, read_run
+from wsi_pipeline.durable import partial_path
+from wsi_pipeline.errors import JobError, WsiPipelineError
+from wsi_pipeline.job import SlideJob, finished_report, read_report
+
+__all__ = ["SlideState", "describe_file", "plan_lines", "slide_states"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideState:
+    """How far one slide of a run is."""
+
+    slide_id: str
+    """Which slide."""
+    state: str
+    """``done``, ``failed``, ``interrupted`` or ``missing`` (never begun)."""
+    reason: str = ""
+    """Why it failed."""
+
+
+def slide_states(folder: Path) -> list[SlideState]:
+    """Return the state of every slide of the run in a results folder.
+
+    Raises:
+        JobError: the folder holds no run.
+    """
+    content = read_run(folder)
+    if content is None:
+        raise JobError(f"{folder} holds no run.json, so it is no results folder")
+    return [_state_of(folder, str(slide["slide_id"])) for slide in content["slides"]]
+
+
+def plan_lines(plan: Plan, shard: str | None) -> Iterator[str]:
+    """Describe what a plan would do, a line a slide; opens slides, writes nothing."""
+    import os
+
+    from wsi_pipeline.slide import Slide
+
+    index, count = parse_shard(shard, os.environ)
+    yield "slide_id\tsize\tmpp\tsource\tstate\tshard"
+    for job in plan.jobs:
+        try:
+            with Slide.open(job.path, mpp=job.mpp) as slide:
+                size = f"{slide.size[0]}x{slide.size[1]}"
+                mpp, source = f"{slide.pixel_size.x:.4g}", slide.pixel_size.source
+        except WsiPipelineError as error:
+            size, mpp, source = "-", "-", error.code
+        state = "done" if finished_report(job) else _state_of(plan.out, job.slide_id).state
+        yield f"{job.slide_id}\t{size}\t{mpp}\t{source}\t{state}\t{index}/{count}"
+    yield f"{len(plan.jobs)} of {len(plan.entries)} slides, model {plan.bundle.spec.name}"
+
+
+def describe_file(name: str, *, mpp: float | None = None) -> list[str]:
+    """Say what a file or folder is, its pixel size and its provenance.
+
+    Raises:
+        WsiPipelineError: it is none of ours and no slide either.
+    """
+    path = Path(name)
+    if (path / "spec.json").is_file():
+        return list(_describe_bundle(path))
+    if (path / "zarr.json").is_file():
+        return list(_describe_maps(path))
+    if path.suffix == ".parquet" and path.is_file():
+        return list(_describe_table(path))
+    if path.is_dir():
+        msg = f"{name} is a folder, but neither a model bundle nor a store of maps"
+        raise JobError(msg)
+    return list(_describe_slide(name, mpp))
+
+
+def _state_of(folder: Path, slide_id: str) -> SlideState:
+    paths = SlideJob(path="", slide_id=slide_id, out=folder, model_name="", model_digest="")
+    report = read_report(paths.report_path)
+    if report is not None:
+        return SlideState(slide_id=slide_id, state=report.status, reason=report.reason)
+    # Killed without a word: there are maps, but no claim that the slide is done.
+    begun = partial_path(paths.maps_path).exists() or paths.maps_path.exists()
+    return SlideState(slide_id=slide_id, state="interrupted" if begun else "missing")
+
+
+def _describe_slide(name: str, mpp: float | None) -> Iterator[str]:
+    from wsi_pipeline.slide import Slide
+
+    with Slide.open(name, mpp=mpp) as slide:
+        size = slide.pixel_size
+        width, height = slide.size
+        yield f"slide      {slide.name} ({slide.vendor}, read by {slide.reader})"
+        yield f"size       {width} x {height} px, {width * size.x / 1e3:.2f} x " + (
+            f"{height * size.y / 1e3:.2f} mm"
+        )
+        yield f"mpp        {size.x:.5g} x {size.y:.5g} um, from {size.source}"
+        yield f"objective  {slide.objective_power or 'not stated'}"
+        for level in slide.levels:
+            yield f"level {level.index}    {level.size[0]} x {level.size[1]}, " + (
+                f"downsample {_pair(level.downsample)}"
+            )
+
+
+def _describe_table(path: Path) -> Iterator[str]:
+    from wsi_pipeline.table import read_metadata
+
+    metadata = read_metadata(path)
+    rows = metadata.pop("rows", None)
+    yield f"table      {path.name}" + (f", {rows:,} rows" if rows is not None else "")
+    yield from _tree(metadata)
+
+
+def _describe_maps(path: Path) -> Iterator[str]:
+    from wsi_pipeline.store import PredictionStore
+
+    store = PredictionStore.open(path)
+    yield f"maps       {path.name} of model {store.spec.name}"
+    for key in store.keys:
+        grid = store.head_grid(key.rsplit("/", 1)[0])
+        mpp = grid.spacing[0] * store.pixel_size[0]
+        yield f"           {key}: {grid.size[0]} x {grid.size[1]} at {mpp:.4g} um"
+    yield f"unreadable {store.unreadable_fraction():.2%}"
+
+
+def _describe_bundle(path: Path) -> Iterator[str]:
+    from wsi_pipeline.bundle import find_bundle
+
+    bundle = find_bundle(str(path))
+    yield f"model      {bundle.spec.name}: {bundle.spec.description}"
+    yield f"sha256     {bundle.digest}"
+    yield f"network    {bundle.spec.architecture}, {bundle.spec.mpp} um per pixel"
+    for head in bundle.spec.heads:
+        classes = f": {', '.join(head.classes)}" if head.classes else ""
+        yield f"head       {head.name} ({head.kind}, stride {head.stride}){classes}"
+
+
+def _tree(values: dict[str, Any]) -> Iterable[str]:
+    for key, value in values.items():
+        yield f"{key:<10} {value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _pair(value: float | tuple[float, float]) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else f"{value[0]:.4g}"

@@ -1,0 +1,83 @@
+"""What this machine computes with: device, precision, and sizes that suit it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from wsi_pipeline.errors import JobError
+
+__all__ = ["DTYPES", "auto_batch", "auto_workers", "choose_device", "choose_precision"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by the names the command line has for them."""
+
+
+def choose_device(name: str) -> str:
+    """Resolve ``auto`` (cuda, else mps, else cpu) and check that a named device is here.
+
+    Raises:
+        JobError: no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(kind)
+    if count is None or (index and not (kind == "cuda" and index.isdigit())):
+        raise JobError(f"device {name!r} is none of auto, cpu, cuda, cuda:N, mps")
+    if int(index or 0) >= count:
+        raise JobError(
+            f"device {name!r} is not here: torch {torch.__version__} sees {count} {kind}"
+        )
+    return name
+
+
+def choose_precision(name: str, device: str, *, half_pays: bool) -> str:
+    """Resolve ``auto``: bf16 where the device has it and the network gains by it, else fp32.
+
+    Args:
+        name: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        device: as :func:`choose_device` returns it.
+        half_pays: whether the network is mostly convolutions and tolerates half precision.
+
+    Raises:
+        JobError: no such precision.
+    """
+    if name in DTYPES:
+        return name
+    if name != "auto":
+        raise JobError(f"precision {name!r} is none of auto, {', '.join(DTYPES)}")
+    has_bf16 = device.startswith("cuda") or (device == "cpu" and _cpu_has_bf16())
+    return "bf16" if half_pays and has_bf16 else "fp32"
+
+
+def auto_batch(device: str, read_px: int) -> int:
+    """Return how many windows of ``read_px`` square a device takes at once."""
+    if not device.startswith("cuda"):
+        return 1
+    # Cerberus in bf16 holds about 1.2 KB an input pixel at its widest; half of the memory.
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(8, int(memory * 0.5 / (1200 * read_px**2))))
+
+
+def auto_workers(device: str) -> int:
+    """Return how many threads decode: a CPU that also predicts keeps half of its cores."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cpus) if device.startswith("cuda") else max(1, min(4, cpus // 2))
+
+
+def _cpu_has_bf16() -> bool:
+    # Without these instructions bf16 is emulated, and slower than fp32.
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux: fp32 is slower there, never wrong
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

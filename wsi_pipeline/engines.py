@@ -1,0 +1,170 @@
+"""Runs the slides of a batch, one after another, on this machine.
+
+While the maps of one slide become tables on the CPU, the next slide is predicted
+already, if the network runs on another device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from wsi_pipeline.durable import partial_path, remove_tree, sweep
+from wsi_pipeline.job import (
+    Attempt,
+    RunReport,
+    SlideJob,
+    finished_report,
+    read_report,
+    record,
+)
+from wsi_pipeline.pipeline import Predicted, Predictor, polygonize, predict
+
+__all__ = ["Watcher", "run_slides"]
+
+
+class Watcher(Protocol):
+    """Told what goes on, from whichever thread it happens in."""
+
+    def start(self, job: SlideJob) -> None:
+        """A slide is begun."""
+
+    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
+        """A stage of a slide has come further; total 0 means unknown."""
+
+    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
+        """A slide has ended, or was done before (skipped)."""
+
+
+def run_slides(
+    jobs: Sequence[SlideJob],
+    predictor: Predictor,
+    *,
+    watcher: Watcher,
+    stop: Callable[[], bool],
+    workers: int = 1,
+    overwrite: bool = False,
+    retry_failed: bool = True,
+    fail_fast: bool = False,
+) -> list[RunReport]:
+    """Run slides; a slide that fails becomes a report and the others go on.
+
+    Args:
+        jobs: one a slide.
+        predictor: the network.
+        watcher: told what goes on.
+        stop: polled often; once it is true, running slides are interrupted, keep their
+            finished blocks, and no further slide is begun.
+        workers: threads that extract objects.
+        overwrite: do finished slides again, from the beginning.
+        retry_failed: try slides again that failed before in the same way as asked now.
+        fail_fast: begin no further slide after one has failed.
+
+    Returns:
+        The reports of the slides that ended or were done before, in the order of ``jobs``.
+    """
+    run = _Run(
+        predictor=predictor,
+        watcher=watcher,
+        stop=stop,
+        workers=workers,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        fail_fast=fail_fast,
+    )
+    # One slide at most waits for its tables, so memory stays bounded.
+    allowed = 0 if predictor.device == "cpu" else 1
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="objects") as objects:
+        for job in jobs:
+            if run.enough():
+                break
+            half = run.first_half(job)
+            if half is not None:
+                pending.append(objects.submit(run.second_half, job, *half))
+            while len(pending) > allowed:
+                pending.popleft().result()
+        for future in pending:
+            future.result()
+    return [run.reports[job.slide_id] for job in jobs if job.slide_id in run.reports]
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The state of one call of :func:`run_slides`."""
+
+    predictor: Predictor
+    watcher: Watcher
+    stop: Callable[[], bool]
+    workers: int
+    overwrite: bool
+    retry_failed: bool
+    fail_fast: bool
+    reports: dict[str, RunReport] = field(default_factory=dict)
+
+    def enough(self) -> bool:
+        """Whether no further slide is to be begun."""
+        failed = self.fail_fast and any(not report.done for report in self.reports.values())
+        return failed or self.stop()
+
+    def first_half(self, job: SlideJob) -> tuple[Attempt, Predicted] | None:
+        """Predict a slide; None when it has ended: settled before, failed or interrupted."""
+        settled = None if self.overwrite else _settled(job, retry_failed=self.retry_failed)
+        if settled is not None:
+            self._finish(job, settled, skipped=True)
+            return None
+        self.watcher.start(job)
+        _clear(job, everything=self.overwrite)
+        attempt = Attempt(job)
+        result: list[Predicted] = []
+
+        def work() -> None:
+            advance = partial(self.watcher.advance, job)
+            result.append(predict(attempt, self.predictor, stop=self.stop, advance=advance))
+
+        report = record(attempt, work, last=False)
+        if report is not None:
+            self._finish(job, report)
+            return None
+        return attempt, result[0]
+
+    def second_half(self, job: SlideJob, attempt: Attempt, predicted: Predicted) -> None:
+        """Write the tables of a predicted slide."""
+
+        def work() -> None:
+            advance = partial(self.watcher.advance, job)
+            polygonize(attempt, predicted, workers=self.workers, stop=self.stop, advance=advance)
+
+        report = record(attempt, work, last=True)
+        assert report is not None  # the last part always ends in a report
+        self._finish(job, report)
+
+    def _finish(self, job: SlideJob, report: RunReport, *, skipped: bool = False) -> None:
+        self.reports[job.slide_id] = report
+        self.watcher.finish(job, report, skipped=skipped)
+
+
+def _settled(job: SlideJob, *, retry_failed: bool) -> RunReport | None:
+    """Return the report of a slide that needs no work now."""
+    finished = finished_report(job)
+    if finished is not None or retry_failed:
+        return finished
+    before = read_report(job.report_path)
+    same = before is not None and before.job_id == job.job_id and before.status == "failed"
+    return before if same else None
+
+
+def _clear(job: SlideJob, *, everything: bool) -> None:
+    """Take back the claim, and sweep up after processes that were killed."""
+    job.report_path.unlink(missing_ok=True)
+    for path in (job.objects_path, job.tissue_path, job.preview_path, job.report_path):
+        sweep(path.parent, job.slide_id)
+        if everything:
+            path.unlink(missing_ok=True)
+    if everything:
+        remove_tree(partial_path(job.maps_path))
+        remove_tree(job.maps_path)

@@ -1,0 +1,361 @@
+"""Compiled loops over pixels and pixel runs: everything between maps and labels.
+
+Images that are labelled carry a border of one zero pixel on each side, so that no
+loop asks whether a neighbour exists. A *run* is a maximal stretch ``[x0, x1)`` of equal
+non-zero pixels in one row ``y``. All kernels release the GIL and are cached on disk.
+They do not call kernels of other modules: the disk cache would not see those change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+__all__ = [
+    "Ints",
+    "compiled",
+    "cores_and_ground",
+    "describe",
+    "find_runs",
+    "grow",
+    "label_runs",
+    "overlap_runs",
+    "paint",
+    "tally",
+]
+
+Ints = NDArray[Any]
+"""An integer array; the docstring of each kernel says which."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """Compile on first call, keep on disk, release the GIL."""
+    return cast(F, njit(nogil=True, cache=True)(function))
+
+
+@compiled
+def cores_and_ground(
+    inner: Ints, contour: Ints, core_from: int, ground_from: int
+) -> tuple[Ints, Ints]:
+    """Threshold two probability maps and erode the foreground by the 3 x 3 cross.
+
+    Args:
+        inner: (H, W) uint8; the outermost pixels only serve the erosion.
+        contour: (H, W) uint8.
+        core_from: smallest inner value of a core pixel.
+        ground_from: smallest inner + contour of a foreground pixel.
+
+    Returns:
+        Cores and eroded foreground, both (H, W) uint8 0 or 1 with a zero border.
+    """
+    height, width = inner.shape
+    above = np.empty((height, width), np.uint8)
+    for y in range(height):
+        for x in range(width):
+            above[y, x] = np.uint16(inner[y, x]) + np.uint16(contour[y, x]) >= ground_from
+    core = np.zeros((height, width), np.uint8)
+    ground = np.zeros((height, width), np.uint8)
+    for y in range(1, height - 1):
+        for x in range(1, width - 1):
+            here = (
+                above[y, x] & above[y - 1, x] & above[y + 1, x] & above[y, x - 1] & above[y, x + 1]
+            )
+            ground[y, x] = here
+            core[y, x] = here & np.uint8(inner[y, x] >= core_from)
+    return core, ground
+
+
+@compiled
+def find_runs(image: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """List the maximal runs of equal non-zero pixels in raster order.
+
+    Returns:
+        ``y, x0, x1, value`` as int32, one entry a run.
+    """
+    height, width = image.shape
+    y_of = np.empty(height * width, np.int32)
+    start = np.empty(height * width, np.int32)
+    stop = np.empty(height * width, np.int32)
+    value = np.empty(height * width, np.int32)
+    n = 0
+    for y in range(height):
+        x = 0
+        while x < width:
+            here = image[y, x]
+            if here == 0:
+                x += 1
+                continue
+            first = x
+            while x < width and image[y, x] == here:
+                x += 1
+            y_of[n] = y
+            start[n] = first
+            stop[n] = x
+            value[n] = here
+            n += 1
+    return y_of[:n].copy(), start[:n].copy(), stop[:n].copy(), value[:n].copy()
+
+
+@compiled
+def _root(parent: Ints, i: int) -> int:
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+@compiled
+def label_runs(y: Ints, x0: Ints, x1: Ints, value: Ints, reach: int) -> tuple[Ints, int]:
+    """Number the connected components of runs.
+
+    Args:
+        y: rows, sorted; within a row the runs are sorted and disjoint.
+        x0: first columns.
+        x1: columns behind the last.
+        value: runs are joined only where their values are equal.
+        reach: 0 joins runs that share a side (4-connected), 1 also corners (8-connected).
+
+    Returns:
+        (N,) int32 labels 1, 2, ... in raster order of each component's first run, and
+        how many there are.
+    """
+    n = y.size
+    parent = np.arange(n, dtype=np.int32)
+    above, middle = 0, 0
+    while middle < n:
+        end = middle
+        while end < n and y[end] == y[middle]:
+            end += 1
+        if above < middle and y[above] == y[middle] - 1:
+            i, j = above, middle
+            while i < middle and j < end:
+                if x0[i] < x1[j] + reach and x0[j] < x1[i] + reach and value[i] == value[j]:
+                    a, b = _root(parent, i), _root(parent, j)
+                    # The smaller root wins: labels come out in raster order.
+                    parent[max(a, b)] = min(a, b)
+                if x1[i] < x1[j]:
+                    i += 1
+                else:
+                    j += 1
+        above, middle = middle, end
+    labels = np.empty(n, np.int32)
+    count = 0
+    for i in range(n):
+        root = _root(parent, i)
+        if root == i:
+            count += 1
+            labels[i] = count
+        else:
+            labels[i] = labels[root]
+    return labels, count
+
+
+@compiled
+def describe(y: Ints, x0: Ints, x1: Ints, labels: Ints, count: int) -> Ints:
+    """Measure components given as runs in raster order.
+
+    Returns:
+        (count, 7) int64: area, left, top, right, bottom (half-open), and x and y of the
+        raster-first pixel.
+    """
+    table = np.zeros((count, 7), np.int64)
+    for i in range(y.size):
+        row = table[labels[i] - 1]
+        if row[0] == 0:
+            row[1], row[2], row[3] = x0[i], y[i], x1[i]
+            row[5], row[6] = x0[i], y[i]
+        row[0] += x1[i] - x0[i]
+        row[1] = min(row[1], x0[i])
+        row[3] = max(row[3], x1[i])
+        row[4] = y[i] + 1
+    return table
+
+
+@compiled
+def paint(image: Ints, y: Ints, x0: Ints, x1: Ints, value: Ints, dx: int, dy: int) -> None:
+    """Write runs into an image whose pixel (0, 0) lies at ``(dx, dy)``; the rest is cut off."""
+    height, width = image.shape
+    for i in range(y.size):
+        row = y[i] - dy
+        if 0 <= row < height:
+            for x in range(max(x0[i] - dx, 0), min(x1[i] - dx, width)):
+                image[row, x] = value[i]
+
+
+@compiled
+def _covered(cores: Ints, pixel: int, label: int, offsets: Ints) -> bool:
+    if offsets.size == 0:
+        return True
+    for k in range(offsets.size):  # noqa: SIM110 - numba compiles this, not any()
+        if cores[pixel + offsets[k]] == label:
+            return True
+    return False
+
+
+@compiled
+def _choose(
+    target: int,
+    label_at: Ints,
+    inner_at: Ints,
+    ground_at: Ints,
+    owner: Ints,
+    cores: Ints,
+    around: Ints,
+    offsets: Ints,
+) -> int:
+    """Return the label that a free pixel takes; 0 if no neighbour may have it."""
+    best, value = 0, -1
+    for k in range(4):
+        source = target + around[k]
+        label = label_at[source]
+        if label > 0 and int(inner_at[source]) > value:
+            wanted = owner[label]
+            if (wanted == 0 or wanted == ground_at[target]) and _covered(
+                cores, target, label, offsets
+            ):
+                best, value = label, int(inner_at[source])
+    return best
+
+
+@compiled
+def grow(
+    labels: Ints, inner: Ints, ground: Ints, owner: Ints, offsets: Ints, steps: int, runs: Ints
+) -> Ints:
+    """Let labels spread over the ground, all at the same time, one pixel a step.
+
+    An unlabelled pixel takes the label of that 4-neighbour with the largest ``inner``
+    value; equal values are decided in the order north, west, east, south. Only what
+    was labelled before a step counts in it, so the result at a pixel depends on
+    nothing farther away than ``steps`` and does not depend on label numbers.
+
+    Args:
+        labels: (H, W) int32, wide zero border (at least 1, and the reach of ``offsets``);
+            changed in place.
+        inner: (H, W) uint8.
+        ground: (H, W) int32; zero where nothing may grow.
+        owner: by label, the ground value it needs; 0 = any but zero.
+        offsets: int64 flat offsets of a structuring element; a pixel is open to a label
+            only if the label's original pixels meet the element there. Empty: no limit.
+        steps: how many pixels far.
+        runs: (3, N) int32, rows ``y, x0, x1``: where labelled pixels are.
+
+    Returns:
+        int64 flat indices of the pixels that were added.
+    """
+    width = labels.shape[1]
+    label_at, inner_at, ground_at = labels.reshape(-1), inner.reshape(-1), ground.reshape(-1)
+    cores = label_at.copy() if offsets.size else label_at
+    around = np.array([-width, -1, 1, width])
+    grown = np.empty(label_at.size if steps else 0, np.int64)
+    begin, end = 0, 0
+    for step in range(steps):
+        sources = runs.shape[1] if step == 0 else end - begin
+        first = end
+        for s in range(sources):
+            if step == 0:
+                pixel = runs[0, s] * width + runs[1, s]
+                stop = runs[0, s] * width + runs[2, s]
+            else:
+                pixel = grown[begin + s]
+                stop = pixel + 1
+            while pixel < stop:
+                for k in range(4):
+                    target = pixel + around[k]
+                    if label_at[target] == 0 and ground_at[target] != 0:
+                        label = _choose(
+                            target, label_at, inner_at, ground_at, owner, cores, around, offsets
+                        )
+                        if label:
+                            # Negative: taken, but not yet a label that others can take.
+                            label_at[target] = -label
+                            grown[end] = target
+                            end += 1
+                pixel += 1
+        for k in range(first, end):
+            label_at[grown[k]] = -label_at[grown[k]]
+        begin = first
+        if first == end:
+            break
+    return grown[:end].copy()
+
+
+@compiled
+def tally(
+    labels: Ints, inner: Ints, classes: Ints, runs: Ints, extra: Ints, count: int, n_classes: int
+) -> tuple[Ints, Ints, Ints]:
+    """Sum over the pixels of each label.
+
+    Args:
+        labels: (H, W) int32.
+        inner: (H, W) uint8.
+        classes: (H, W) uint8 class ids; not read when ``n_classes`` is 0.
+        runs: (3, N) int32 ``y, x0, x1``: pixels to count.
+        extra: flat indices of more pixels to count.
+        count: number of labels.
+        n_classes: number of classes.
+
+    Returns:
+        (count + 1, 2) int64 pixels and summed inner values; (count + 1, n_classes) int64
+        votes; (count + 1,) int64 flat index of the raster-first pixel.
+    """
+    width = labels.shape[1]
+    label_at, inner_at, class_at = labels.reshape(-1), inner.reshape(-1), classes.reshape(-1)
+    sums = np.zeros((count + 1, 2), np.int64)
+    votes = np.zeros((count + 1, n_classes), np.int64)
+    first = np.full(count + 1, label_at.size, np.int64)
+    n_runs = runs.shape[1]
+    for i in range(n_runs + extra.size):
+        if i < n_runs:
+            start = runs[0, i] * width + runs[1, i]
+            stop = runs[0, i] * width + runs[2, i]
+        else:
+            start = extra[i - n_runs]
+            stop = start + 1
+        label = label_at[start]
+        if label == 0:
+            continue
+        first[label] = min(first[label], start)
+        sums[label, 0] += stop - start
+        for pixel in range(start, stop):
+            sums[label, 1] += inner_at[pixel]
+            if n_classes and class_at[pixel] < n_classes:
+                votes[label, class_at[pixel]] += 1
+    return sums, votes, first
+
+
+@compiled
+def overlap_runs(a: Ints, b: Ints, width: int) -> tuple[Ints, Ints]:
+    """Intersect two sorted lists of disjoint runs of one image.
+
+    Args:
+        a: (3, N) int32 ``y, x0, x1``.
+        b: (3, M) int32 ``y, x0, x1``.
+        width: of the image.
+
+    Returns:
+        (3, K) int32 common runs, and for each the index of its run in ``b``.
+    """
+    n, m = a.shape[1], b.shape[1]
+    common = np.empty((3, n + m), np.int32)
+    which = np.empty(n + m, np.int64)
+    i, j, k = 0, 0, 0
+    while i < n and j < m:
+        row_a, row_b = np.int64(a[0, i]) * width, np.int64(b[0, j]) * width
+        start = max(row_a + a[1, i], row_b + b[1, j])
+        stop = min(row_a + a[2, i], row_b + b[2, j])
+        if start < stop:
+            common[0, k] = a[0, i]
+            common[1, k] = start - row_a
+            common[2, k] = stop - row_a
+            which[k] = j
+            k += 1
+        if row_a + a[2, i] < row_b + b[2, j]:
+            i += 1
+        else:
+            j += 1
+    return common[:, :k].copy(), which[:k].copy()

@@ -1,0 +1,239 @@
+"""The networks: RGB tiles in, one map of logits a head out.
+
+::
+
+    architecture      what it is
+    cerberus          ResNet-34 with a stride-1 stem, one U-Net decoder a head, and a
+                      dense patch classifier at the bottleneck
+    stain-baseline    colour deconvolution and local contrast; nothing in it is learned
+
+    x (B, 3, H, W) 0..255 -> stem -> stage 0 -> stage 1 -> stage 2 -> stage 3
+                              | 1     | 1/2      | 1/4      | 1/8      | 1/16
+                              |       |          |          |          +-> patch head
+                              |       |          |          |        1x1 projection
+                              +-------+----------+----------+-> (+) decoder, one a head
+
+Every network takes ``(B, 3, H, W)`` floats 0..255, RGB, with H and W multiples of 16, and
+returns ``{head name: logits}``. The logits' scale (input pixels a logit) divides the head's
+stride: 1 for the segmentation heads of ``cerberus``, 16 for patch heads. Suffixes name the
+axes: ``x_BCHW``.
+
+``cerberus`` is the network of Graham et al., "One model is all you need" (Medical Image
+Analysis 2023); ResNet is He et al. (CVPR 2016).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wsi_pipeline.errors import ModelBundleError
+from wsi_pipeline.spec import HeadSpec, ModelSpec
+
+__all__ = ["INPUT_MULTIPLE", "Cerberus", "StainBaseline", "build_network"]
+
+INPUT_MULTIPLE = 16
+"""Height and width of an input are multiples of this: the total stride of the encoder."""
+
+PATCH_CELLS = 9
+"""Bottleneck cells a side that a patch prediction averages: 144 input pixels."""
+
+
+def build_network(spec: ModelSpec) -> nn.Module:
+    """Build the network that a spec describes, with fresh weights, in training mode.
+
+    Args:
+        spec: architecture, its options and the heads.
+
+    Returns:
+        A module that maps ``(B, 3, H, W)`` floats 0..255 to ``{head name: logits}``.
+
+    Raises:
+        ModelBundleError: unknown architecture, or options it does not take.
+    """
+    architectures: dict[str, Callable[..., nn.Module]] = {
+        "cerberus": Cerberus,
+        "stain-baseline": StainBaseline,
+    }
+    if spec.architecture not in architectures:
+        msg = f"architecture {spec.architecture!r} is none of {sorted(architectures)}"
+        raise ModelBundleError(msg)
+    try:
+        return architectures[spec.architecture](spec.heads, **spec.options)
+    except TypeError as error:
+        raise ModelBundleError(f"options of {spec.architecture!r}: {error}") from error
+
+
+class Cerberus(nn.Module):
+    """Shared ResNet encoder, one decoder a segmentation head, dense patch classifiers.
+
+    Args:
+        heads: the heads to build.
+        widths: channels of the four encoder stages. The decoders add encoder maps to
+            their own, so these numbers set every width of theirs.
+        blocks: residual blocks of the four stages; (3, 4, 6, 3) is ResNet-34.
+        head_width: hidden channels before a segmentation head's logits.
+        patch_width: hidden channels before a patch head's logits.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[HeadSpec],
+        *,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        blocks: Sequence[int] = (3, 4, 6, 3),
+        head_width: int = 96,
+        patch_width: int = 256,
+    ) -> None:
+        super().__init__()
+        if len(widths) != 4 or len(blocks) != 4:
+            raise ModelBundleError(f"four widths and blocks wanted, not {widths} and {blocks}")
+        self.encoder = _Encoder(widths, blocks)
+        self.project = nn.Conv2d(widths[3], widths[2], 1, bias=False)
+        self.heads = nn.ModuleDict()
+        for head in heads:
+            if head.kind == "patch":
+                module: nn.Module = _PatchHead(widths[3], patch_width, head.logit_channels)
+            else:
+                module = _SegmentationHead(widths, head_width, head.logit_channels)
+            self.heads[head.name] = module
+        self.apply(_initialise)
+
+    def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
+        """Compute the logits of every head.
+
+        Args:
+            x_BCHW: ``(B, 3, H, W)`` floats 0..255, RGB.
+
+        Returns:
+            ``(B, C, H, W)`` logits a segmentation head, ``(B, C, H/16, W/16)`` a patch head.
+        """
+        _check_input(x_BCHW)
+        *skips, bottleneck = self.encoder(x_BCHW / 255)
+        mapped = self.project(bottleneck)
+        return {
+            name: head(bottleneck) if isinstance(head, _PatchHead) else head(mapped, skips)
+            for name, head in self.heads.items()
+        }
+
+
+class _Encoder(nn.Module):
+    """ResNet of basic blocks whose stem keeps the input's resolution; total stride 16."""
+
+    def __init__(self, widths: Sequence[int], blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.stem = _unit(3, widths[0], kernel=7, bias=False)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.stages = nn.ModuleList()
+        width_in = widths[0]
+        for index, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            stage = [_Block(width_in, width, stride=1 if index == 0 else 2)]
+            stage += [_Block(width, width, stride=1) for _ in range(count - 1)]
+            self.stages.append(nn.Sequential(*stage))
+            width_in = width
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Return the maps at scales 1, 2, 4, 8 and 16."""
+        maps = [self.stem(x_BCHW)]
+        x_BCHW = self.pool(maps[0])
+        for stage in self.stages:
+            x_BCHW = stage(x_BCHW)
+            maps.append(x_BCHW)
+        return maps
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut (ResNet's basic block)."""
+
+    def __init__(self, width_in: int, width: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Sequential | None = None
+        if stride != 1 or width_in != width:
+            conv = nn.Conv2d(width_in, width, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(width)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = functional.relu(self.norm1(self.conv1(x_BCHW)), inplace=True)
+        y_BCHW = self.norm2(self.conv2(y_BCHW))
+        y_BCHW = y_BCHW + (x_BCHW if self.shortcut is None else self.shortcut(x_BCHW))
+        return functional.relu(y_BCHW, inplace=True)
+
+
+class _SegmentationHead(nn.Module):
+    """Four times: double the size, add the encoder's map, two convolutions."""
+
+    def __init__(self, widths: Sequence[int], head_width: int, channels: int) -> None:
+        super().__init__()
+        stem, middle, deep, _ = widths
+        self.stages = nn.ModuleList(
+            nn.Sequential(_unit(width_in, width_in), _unit(width_in, width_out))
+            for width_in, width_out in ((deep, middle), (middle, stem), (stem, stem), (stem, stem))
+        )
+        hidden = _unit(stem, head_width, kernel=1)
+        self.output = nn.Sequential(
+            OrderedDict(hidden=hidden, logits=nn.Conv2d(head_width, channels, 1))
+        )
+
+    def forward(self, mapped_BCHW: Tensor, skips: Sequence[Tensor]) -> Tensor:
+        x_BCHW = mapped_BCHW
+        for stage, skip_BCHW in zip(self.stages, reversed(skips), strict=True):
+            x_BCHW = functional.interpolate(
+                x_BCHW, scale_factor=2, mode="bilinear", align_corners=False
+            )
+            x_BCHW = stage(x_BCHW + skip_BCHW)
+        logits_BCHW: Tensor = self.output(x_BCHW)
+        return logits_BCHW
+
+
+class _PatchHead(nn.Module):
+    """The class of the 144-pixel patch around each bottleneck cell.
+
+    Upstream averages the middle 9 x 9 cells of a patch and classifies the mean; here
+    every cell does so with its own 9 x 9 neighbours, so that cell (13, 13) of a 448-pixel
+    input holds upstream's answer. Near the border the mean is over the cells that exist.
+    """
+
+    def __init__(self, width: int, hidden: int, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(0.3)
+        self.conv1 = nn.Conv2d(width, hidden, 1)
+        self.norm2 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = functional.avg_pool2d(
+            x_BCHW, PATCH_CELLS, stride=1, padding=PATCH_CELLS // 2, count_include_pad=False
+        )
+        x_BCHW = self.dropout(functional.relu(self.norm1(x_BCHW)))
+        logits_BCHW: Tensor = self.conv2(functional.relu(self.norm2(self.conv1(x_BCHW))))
+        return logits_BCHW
+
+
+def _unit(width_in: int, width_out: int, *, kernel: int = 3, bias: bool = True) -> nn.Sequential:
+    conv = nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2, bias=bias)
+    parts = OrderedDict(conv=conv, norm=nn.BatchNorm2d(width_out), act=nn.ReLU(inplace=True))
+    return nn.Sequential(parts)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _check_input(x_BCHW: Tensor) -> None:
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or any(n % 16 for n in x_BCHW.shape[2:]):
+        msg = f"input must be (B, 3, H, W) with H and W multiples of 16, not {x_BCHW.shape}"
+        raise ValueError(msg)
+
+
+class StainBaseline(nn.Module):
+    def __init__(self, heads: Sequence[HeadSpec]) -> None:
+        super().__init__()

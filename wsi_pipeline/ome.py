@@ -1,0 +1,159 @@
+"""How maps are laid out for viewers: zarr v3 arrays, pyramids and OME-Zarr 0.5 metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
+from wsi_pipeline.geometry import PixelGrid
+
+__all__ = ["build_pyramid", "create_array", "multiscale", "ome_attributes"]
+
+COARSEST_PX = 512
+"""A pyramid stops when its longer side is at most this."""
+
+
+def create_array(
+    group: zarr.Group, key: str, shape: tuple[int, ...], chunks: tuple[int, ...]
+) -> zarr.Array[Any]:
+    """Create a uint8 map, zstd-compressed; chunks of zeros take no file.
+
+    Args:
+        group: where to.
+        key: path of the array below the group; an older one is replaced.
+        shape: ``(C, H, W)`` or ``(H, W)``.
+        chunks: of the same length.
+    """
+    return group.create_array(
+        key,
+        shape=shape,
+        chunks=chunks,
+        dtype="uint8",
+        compressors=ZstdCodec(level=1),
+        fill_value=0,
+        dimension_names=("c", "y", "x")[-len(shape) :],
+        config={"write_empty_chunks": False},
+        overwrite=True,
+    )
+
+
+def build_pyramid(group: zarr.Group, key: str, *, average: bool) -> list[zarr.Array[Any]]:
+    """Write ever coarser copies ``<key>_2x``, ``_4x``, ... of a map.
+
+    Args:
+        group: the group that holds the map.
+        key: path of the map.
+        average: mean of 2 x 2 pixels (probabilities) instead of every second pixel (ids).
+
+    Returns:
+        All levels, the map itself first.
+    """
+    first = group[key]
+    if not isinstance(first, zarr.Array):
+        raise TypeError(f"{key} is not an array")
+    levels: list[zarr.Array[Any]] = [first]
+    while max(levels[-1].shape[-2:]) > COARSEST_PX:
+        source = levels[-1]
+        coarse = _halve(source, average=average)
+        target = create_array(group, f"{key}_{2 ** len(levels)}x", coarse.shape, source.chunks)
+        da.store(coarse, target, lock=False)  # type: ignore[arg-type]
+        levels.append(target)
+    return levels
+
+
+def multiscale(
+    name: str,
+    levels: Sequence[zarr.Array[Any]],
+    *,
+    grid: PixelGrid,
+    pixel_size: tuple[float, float],
+    channels: Sequence[str],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Return the ``multiscales`` entry of one map.
+
+    Coordinates are micrometres between pixel centres; the centre of level-0 pixel (0, 0)
+    is the origin. So a pixel that spans ``s`` level-0 pixels from ``o`` on has its centre
+    at ``(o + (s - 1) / 2) * mpp``.
+
+    Args:
+        name: name of the map, the path of its finest level.
+        levels: finest first, each half the size of the one before.
+        grid: where the finest level lies on the slide.
+        pixel_size: micrometres per level-0 pixel, x and y.
+        channels: names of the channels; empty for a map without a channel axis.
+        classes: names of the class ids.
+    """
+    datasets = []
+    for number, level in enumerate(levels):
+        spacing = [side * 2**number for side in grid.spacing]
+        scale = [side * mpp for side, mpp in zip(spacing, pixel_size, strict=True)]
+        shift = [
+            (start + (side - 1) / 2) * mpp
+            for start, side, mpp in zip(grid.origin, spacing, pixel_size, strict=True)
+        ]
+        transforms = [
+            {"type": "scale", "scale": [1.0] * bool(channels) + scale[::-1]},
+            {"type": "translation", "translation": [0.0] * bool(channels) + shift[::-1]},
+        ]
+        datasets.append({"path": level.path, "coordinateTransformations": transforms})
+    space = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in ("y", "x")]
+    return {
+        "name": name,
+        "axes": [{"name": "c", "type": "channel"}] * bool(channels) + space,
+        "datasets": datasets,
+        "metadata": {"channels": list(channels), "classes": list(classes)},
+    }
+
+
+def ome_attributes(entries: Sequence[dict[str, Any]], *, below: str = "") -> dict[str, Any]:
+    """Return the ``ome`` attribute of a group.
+
+    Args:
+        entries: results of :func:`multiscale`.
+        below: path of the group within the store, taken off the paths of the datasets.
+    """
+    prefix = f"{below}/" if below else ""
+    relative = [
+        {
+            **entry,
+            "datasets": [
+                {**level, "path": level["path"].removeprefix(prefix)} for level in entry["datasets"]
+            ],
+        }
+        for entry in entries
+    ]
+    return {"version": "0.5", "multiscales": relative}
+
+
+def _halve(source: zarr.Array[Any], *, average: bool) -> da.Array:
+    """Halve rows and columns lazily; a block of 2 x 2 chunks becomes exactly one chunk."""
+    double = (*source.chunks[:-2], 2 * source.chunks[-2], 2 * source.chunks[-1])
+    blocks = da.from_zarr(source).rechunk(double)  # type: ignore[no-untyped-call]
+    halves = [tuple(-(-side // 2) for side in sides) for sides in blocks.chunks[-2:]]
+    halved: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
+        _mean_of_cells if average else _first_of_cells,
+        blocks,
+        dtype=np.uint8,
+        chunks=(*blocks.chunks[:-2], *halves),
+    )
+    return halved
+
+
+def _first_of_cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return pixels[..., ::2, ::2]
+
+
+def _mean_of_cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the rounded mean of each 2 x 2 cell; odd sides repeat their last row or column."""
+    odd = [(0, 0)] * (pixels.ndim - 2) + [(0, side % 2) for side in pixels.shape[-2:]]
+    even = np.pad(pixels, odd, mode="edge").astype(np.uint16)
+    rows = even[..., ::2, :] + even[..., 1::2, :]
+    cells: NDArray[np.uint16] = rows[..., ::2] + rows[..., 1::2]
+    return ((cells + 2) // 4).astype(np.uint8)

@@ -1,0 +1,179 @@
+"""What a person (or a log file) sees while slides run, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from wsi_pipeline.job import RunReport, SlideJob
+
+__all__ = ["BarWatcher", "LineWatcher", "describe", "final_table"]
+
+LINE_EVERY_S = 30.0
+"""How often a slide in progress gets a line where bars cannot be drawn."""
+
+
+class LineWatcher:
+    """One line an event, as text or JSON: for logs and array jobs."""
+
+    def __init__(
+        self, total: int, *, json_lines: bool = False, stream: TextIO = sys.stderr
+    ) -> None:
+        self._total = total
+        self._json = json_lines
+        self._stream = stream
+        self._ended = 0
+        self._begun = time.monotonic()
+        self._last_line = 0.0
+        self._lock = threading.Lock()
+
+    def start(self, job: SlideJob) -> None:
+        """Name the slide that is begun."""
+        self._say(f"{job.slide_id}: begun", event="start", slide_id=job.slide_id)
+
+    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
+        """Say how far the slide is, every now and then."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last_line < LINE_EVERY_S:
+                return
+            self._last_line = now
+        of = f" of {total}" if total else ""
+        self._say(
+            f"{job.slide_id}: {stage} {done}{of}",
+            event="progress",
+            slide_id=job.slide_id,
+            stage=stage,
+            done=done,
+            total=total,
+        )
+
+    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
+        """Say how the slide ended."""
+        with self._lock:
+            self._ended += 1
+            ended = self._ended
+        left = (time.monotonic() - self._begun) / ended * (self._total - ended)
+        self._say(
+            f"[{ended}/{self._total}] {describe(report, skipped=skipped)}"
+            + (f", about {_duration(left)} left" if left else ""),
+            event="end",
+            slide_id=job.slide_id,
+            status=report.status,
+            skipped=skipped,
+            error=report.error,
+            counts=report.counts,
+            seconds=report.seconds.get("total"),
+            seconds_left=round(left, 1),
+        )
+
+    def close(self) -> None:
+        """Nothing to tidy up."""
+
+    def _say(self, text: str, **facts: object) -> None:
+        self._stream.write((json.dumps(facts) if self._json else text) + "\n")
+        self._stream.flush()
+
+
+class BarWatcher:
+    """A bar for the batch and one for each slide in work."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._batch = self._progress.add_task("slides", total=total)
+        self._slides: dict[str, TaskID] = {}
+        self._progress.start()
+
+    def start(self, job: SlideJob) -> None:
+        """Draw the bar of a slide."""
+        self._slides[job.slide_id] = self._progress.add_task(f"{job.slide_id}: open", total=None)
+
+    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
+        """Move the bar of a slide."""
+        task = self._slides.get(job.slide_id)
+        if task is not None:
+            self._progress.update(
+                task, description=f"{job.slide_id}: {stage}", completed=done, total=total or None
+            )
+
+    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
+        """Replace the bar of a slide by a line, and move that of the batch."""
+        task = self._slides.pop(job.slide_id, None)
+        if task is not None:
+            self._progress.remove_task(task)
+        self._progress.advance(self._batch)
+        colour = {"done": "green", "failed": "red", "interrupted": "yellow"}[report.status]
+        self._console.print(describe(report, skipped=skipped), style=colour, markup=False)
+
+    def close(self) -> None:
+        """Take the bars away."""
+        self._progress.stop()
+
+
+def describe(report: RunReport, *, skipped: bool = False) -> str:
+    """Return one line on how a slide ended."""
+    if skipped and report.done:
+        return f"{report.slide_id}: was done before"
+    if not report.done:
+        detail = f" ({report.reason})" if report.reason else ""
+        return f"{report.slide_id}: {report.status}{detail}"
+    counts = ", ".join(f"{number:,} {kind}" for kind, number in report.counts.items())
+    warnings = "".join(f"; {warning['code']}" for warning in report.warnings)
+    seconds = report.seconds["total"]
+    area = f"{report.tissue_mm2:.2f} mm2"
+    return f"{report.slide_id}: done, {counts}, {area} in {seconds:.1f} s{warnings}"
+
+
+def final_table(reports: Sequence[RunReport]) -> Table:
+    """Return the table of a finished run: failed slides last, with their reasons."""
+    kinds = list(dict.fromkeys(kind for report in reports for kind in report.counts))
+    table = Table(title=None, expand=False)
+    table.add_column("slide", overflow="fold")
+    table.add_column("state")
+    for name in ("mm2", *kinds, "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("remark", overflow="fold")
+    for report in sorted(reports, key=lambda r: {"done": 0, "interrupted": 1}.get(r.status, 2)):
+        remark = report.reason or "; ".join(warning["message"] for warning in report.warnings)
+        table.add_row(
+            report.slide_id,
+            report.status,
+            f"{report.tissue_mm2:.2f}" if report.done else "",
+            *(f"{report.counts[k]:,}" if k in report.counts else "" for k in kinds),
+            f"{report.seconds['total']:.1f}",
+            remark,
+        )
+    return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

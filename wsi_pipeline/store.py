@@ -1,0 +1,377 @@
+"""The stitched maps of one slide: an OME-Zarr 0.5 group, filled block by block, then sealed.
+
+::
+
+    <slide_id>.zarr
+    ├── zarr.json            OME multiscales of every map; the model, grid and job it belongs to
+    ├── blocks               (rows, columns) uint8: the share of each tile that is predicted
+    └── <head>/
+        ├── prob             (C, H, W) uint8, 255 = 1.0
+        ├── class            (H, W) uint8 class ids
+        └── prob_2x, ...     the same, 2, 4, 8 ... times coarser, for viewers
+
+The template is made first; then only whole chunks are written, each by one tile, so
+writers never meet and a block that is marked in ``blocks`` is complete. An unfinished
+store lies under a hidden name and goes on where it stopped; :meth:`PredictionStore.seal`
+gives it its final name. A visible store is a finished one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.errors import ContainsGroupError, NodeNotFoundError
+
+from wsi_pipeline.durable import disk_errors, partial_path, publish_directory, remove_tree
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.geometry import Box, PixelGrid
+from wsi_pipeline.ome import build_pyramid, create_array, multiscale, ome_attributes
+from wsi_pipeline.spec import HeadSpec, ModelSpec
+from wsi_pipeline.tiling import Tile, TileGrid
+
+__all__ = ["PredictionBlock", "PredictionStore", "open_maps"]
+
+log = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
+
+CHUNK_PX = 1024
+"""Largest side of a chunk, in pixels of the working grid."""
+WHOLE = 255
+"""Mark of a tile that was read and predicted wholly; 0 is a tile without tissue."""
+CACHE_BYTES = 96 << 20
+"""Decoded chunks that an open store keeps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionBlock:
+    """What the network says about one tile."""
+
+    tile: Tile
+    """The tile whose write box the arrays fill."""
+    arrays: Mapping[str, Pixels]
+    """``<head>/prob``: (C, h, w) and ``<head>/class``: (h, w), where h, w is the write box
+    coarsened by the head's stride."""
+
+
+class PredictionStore:
+    """The maps of one slide, on disk.
+
+    Use :meth:`create` to write and :meth:`open` to read. Reading is thread-safe; writing
+    is for one thread at a time.
+    """
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        meta = group.attrs["wsi_pipeline"]
+        if not isinstance(meta, Mapping):
+            raise StoreError(f"{path} is no store of this package")
+        self.path = path
+        self.meta: dict[str, Any] = dict(meta)
+        self.spec = ModelSpec.from_json(self.meta["spec"])
+        self.grid = PixelGrid(
+            origin=tuple(self.meta["grid"]["origin"]),
+            spacing=tuple(self.meta["grid"]["spacing"]),
+            size=tuple(self.meta["grid"]["size"]),
+        )
+        self.pixel_size: tuple[float, float] = tuple(self.meta["mpp"])
+        self.tile_px: int = self.meta["tile_px"]
+        self._group = group
+        self._arrays = {key: _array(group, key) for key in _keys(self.spec)}
+        self._blocks: Pixels = np.asarray(_array(group, "blocks")[:], np.uint8)
+        self._cache = _ChunkCache(CACHE_BYTES)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        spec: ModelSpec,
+        tiles: TileGrid,
+        pixel_size: tuple[float, float],
+        identity: str,
+    ) -> PredictionStore:
+        """Make the template of a store, or go on with the one the same job left unfinished.
+
+        Args:
+            path: final name; until :meth:`seal` the store lies beside it.
+            spec: the model.
+            tiles: the lattice of write boxes; a chunk never crosses one.
+            pixel_size: micrometres per level-0 pixel, x and y.
+            identity: whatever decides the bytes of the maps; unfinished work of another
+                identity is thrown away.
+        """
+        beside = partial_path(path)
+        meta = {
+            "spec": spec.to_json(),
+            "grid": {
+                "origin": list(tiles.grid.origin),
+                "spacing": list(tiles.grid.spacing),
+                "size": list(tiles.grid.size),
+            },
+            "mpp": list(pixel_size),
+            "tile_px": tiles.tile_px,
+            "halo_px": tiles.halo_px,
+            "identity": identity,
+        }
+        with disk_errors(path):
+            if beside.exists():
+                unfinished = _open(beside)
+                if unfinished is not None and unfinished.meta == meta:
+                    log.info("going on with %s", path.name)
+                    return unfinished
+                log.info("%s was begun with other options and starts again", path.name)
+                remove_tree(beside)
+            return cls(beside, _template(beside, spec, tiles, meta))
+
+    @classmethod
+    def open(cls, path: Path) -> PredictionStore:
+        """Open a sealed store for reading.
+
+        Raises:
+            StoreError: there is none, or it is not one of ours.
+        """
+        store = _open(path) if path.is_dir() else None
+        if store is None:
+            unfinished = " An unfinished one lies beside it." if partial_path(path).exists() else ""
+            raise StoreError(f"{path} is no finished store of maps.{unfinished}")
+        return store
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the maps: ``<head>/prob`` and ``<head>/class``."""
+        return tuple(self._arrays)
+
+    def head_grid(self, head: str) -> PixelGrid:
+        """Return the grid on which the maps of a head lie."""
+        return self.grid.coarsen(self.spec.head(head).stride)
+
+    def missing(self, tiles: TileGrid) -> TileGrid:
+        """Return the tiles whose blocks are not written yet."""
+        return tiles.only(
+            tuple(tile for tile in tiles.tiles if not self._blocks[tile.row, tile.column])
+        )
+
+    def write(self, block: PredictionBlock, *, readable: float = 1.0) -> None:
+        """Write the block of one tile, and then mark it as written.
+
+        Args:
+            block: the maps of the tile.
+            readable: share of the tile's pixels that could be read from the slide, 0-1.
+
+        Raises:
+            StoreError: the arrays do not fill exactly the tile's chunks.
+            DiskFullError: no space is left; the block stays unmarked.
+        """
+        if set(block.arrays) != set(self._arrays):
+            msg = f"a block must hold {sorted(self._arrays)}, not {sorted(block.arrays)}"
+            raise StoreError(msg)
+        with disk_errors(self.path):
+            for key, pixels in block.arrays.items():
+                box = block.tile.write.coarsen(self.spec.head(_head_name(key)).stride)
+                self._write_chunks(key, box, pixels)
+            row = block.tile.row
+            self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
+            _array(self._group, "blocks")[row : row + 1] = self._blocks[row : row + 1]
+
+    def _write_chunks(self, key: str, box: Box, pixels: Pixels) -> None:
+        array = self._arrays[key]
+        expected = (*array.shape[:-2], box.height, box.width)
+        whole = all(
+            start % chunk == 0 and (stop % chunk == 0 or stop == side)
+            for start, stop, chunk, side in (
+                (box.y, box.y1, array.chunks[-2], array.shape[-2]),
+                (box.x, box.x1, array.chunks[-1], array.shape[-1]),
+            )
+        )
+        if pixels.shape != expected or pixels.dtype != np.uint8 or not whole:
+            # Half a chunk would be read, merged and written back: a race between writers,
+            # and a block that is there only in part after a kill.
+            msg = (
+                f"{key}: a block fills whole chunks {array.chunks} with uint8 {expected} at "
+                f"({box.x}, {box.y}); got {pixels.dtype} {pixels.shape}"
+            )
+            raise StoreError(msg)
+        array[(..., *box.slices)] = pixels
+
+    def read(self, key: str, box: Box) -> Pixels:
+        """Read a window of a map.
+
+        Args:
+            key: one of :attr:`keys`.
+            box: on the head's grid; parts beyond it, or never predicted, are 0.
+
+        Returns:
+            ``(C, h, w)`` or ``(h, w)`` uint8, a fresh array.
+        """
+        array = self._arrays[key]
+        out = np.zeros((*array.shape[:-2], box.height, box.width), np.uint8)
+        grid_box = Box(x=0, y=0, width=array.shape[-1], height=array.shape[-2])
+        inner = box.intersect(grid_box)
+        if not inner.area:
+            return out
+        high, wide = array.chunks[-2:]
+        for row in range(inner.y // high, -(-inner.y1 // high)):
+            for column in range(inner.x // wide, -(-inner.x1 // wide)):
+                chunk_box = Box(x=column * wide, y=row * high, width=wide, height=high)
+                part = chunk_box.intersect(inner)
+                chunk = self._chunk(key, chunk_box.intersect(grid_box))
+                if chunk is not None:
+                    source = part.relative_to(chunk_box).slices
+                    out[(..., *part.relative_to(box).slices)] = chunk[(..., *source)]
+        return out
+
+    def _chunk(self, key: str, box: Box) -> Pixels | None:
+        """Return the pixels of one chunk, or None where nothing was predicted."""
+        tile = self.tile_px // self.spec.head(_head_name(key)).stride
+        if not self._blocks[box.y // tile, box.x // tile]:
+            return None
+        return self._cache.get((key, box), lambda: self._decode(key, box))
+
+    def _decode(self, key: str, box: Box) -> Pixels | None:
+        pixels = np.asarray(self._arrays[key][(..., *box.slices)], np.uint8)
+        return pixels if pixels.any() else None
+
+    def unreadable_fraction(self) -> float:
+        """Return the share of the predicted area that could not be read from the slide."""
+        written = self._blocks[self._blocks > 0]
+        return float(1 - written.mean() / WHOLE) if written.size else 0.0
+
+    def seal(self) -> PredictionStore:
+        """Build the pyramids, sync everything, and give the store its final name."""
+        final = self.path.with_name(self.path.name.removeprefix(".").removesuffix(".partial"))
+        with disk_errors(final):
+            entries = []
+            for key in self._arrays:
+                head = self.spec.head(_head_name(key))
+                entries.append(
+                    multiscale(
+                        key,
+                        build_pyramid(self._group, key, average=key.endswith("/prob")),
+                        grid=self.head_grid(head.name),
+                        pixel_size=self.pixel_size,
+                        channels=head.prob_channels if key.endswith("/prob") else (),
+                        classes=head.classes,
+                    )
+                )
+            for head in self.spec.heads:
+                own = [m for m in entries if _head_name(m["name"]) == head.name]
+                _group(self._group, head.name).attrs["ome"] = ome_attributes(own, below=head.name)
+            self._group.attrs["ome"] = ome_attributes(entries)
+            for orphan in self.path.rglob("*.partial"):
+                orphan.unlink()
+            publish_directory(self.path, final)
+        return PredictionStore.open(final)
+
+
+class _ChunkCache:
+    """The most recently used decoded chunks, up to a number of bytes."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity = capacity_bytes
+        self._bytes = 0
+        self._chunks: OrderedDict[object, Pixels | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: object, load: Any) -> Pixels | None:  # noqa: ANN401
+        with self._lock:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+                return self._chunks[key]
+        chunk: Pixels | None = load()
+        with self._lock:
+            if key not in self._chunks:
+                self._chunks[key] = chunk
+                self._bytes += 0 if chunk is None else chunk.nbytes
+            while self._bytes > self._capacity and len(self._chunks) > 1:
+                _, old = self._chunks.popitem(last=False)
+                self._bytes -= 0 if old is None else old.nbytes
+        return chunk
+
+
+def open_maps(path: Path | str) -> dict[str, da.Array]:
+    """Open the maps of a slide as lazy dask arrays.
+
+    Args:
+        path: ``maps/<slide_id>.zarr`` of a results folder.
+
+    Returns:
+        ``<head>/prob``: (C, H, W) and ``<head>/class``: (H, W), uint8.
+
+    Raises:
+        StoreError: the store is absent or unfinished.
+    """
+    store = PredictionStore.open(Path(path))
+    return {
+        key: da.from_zarr(store._arrays[key])  # type: ignore[no-untyped-call]
+        for key in store.keys
+    }
+
+
+def _keys(spec: ModelSpec) -> list[str]:
+    keys = []
+    for head in spec.heads:
+        if head.prob_channels:
+            keys.append(f"{head.name}/prob")
+        if head.has_class_map:
+            keys.append(f"{head.name}/class")
+    return keys
+
+
+def _head_name(key: str) -> str:
+    return key.rsplit("/", 1)[0]
+
+
+def _open(path: Path) -> PredictionStore | None:
+    """Open whatever lies at a path; None where a template was never completed."""
+    try:
+        return PredictionStore(path, zarr.open_group(path, mode="r+"))
+    except (NodeNotFoundError, ContainsGroupError, FileNotFoundError, KeyError, ValueError):
+        return None
+
+
+def _template(path: Path, spec: ModelSpec, tiles: TileGrid, meta: dict[str, Any]) -> zarr.Group:
+    group = zarr.create_group(path, zarr_format=3)
+    chunk_px = _chunk_px(tiles.tile_px)
+    for key in _keys(spec):
+        head: HeadSpec = spec.head(_head_name(key))
+        if chunk_px % head.stride:
+            msg = f"head {head.name!r}: tile size {tiles.tile_px} is no multiple of its stride"
+            raise StoreError(msg)
+        width, height = tiles.grid.coarsen(head.stride).size
+        channels = (len(head.prob_channels),) if key.endswith("/prob") else ()
+        side = chunk_px // head.stride
+        create_array(group, key, (*channels, height, width), (*channels, side, side))
+    columns, rows = tiles.shape
+    create_array(group, "blocks", (rows, columns), (1, max(1, columns)))
+    # Last, because it says that the template is complete.
+    group.attrs["wsi_pipeline"] = meta
+    return group
+
+
+def _chunk_px(tile_px: int) -> int:
+    """Return the largest multiple of 16 up to CHUNK_PX that divides a tile."""
+    return max(side for side in range(16, min(tile_px, CHUNK_PX) + 1, 16) if tile_px % side == 0)
+
+
+def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:
+    array = group[key]
+    if not isinstance(array, zarr.Array):
+        raise StoreError(f"{key} is not an array")
+    return array
+
+
+def _group(group: zarr.Group, key: str) -> zarr.Group:
+    child = group[key]
+    if not isinstance(child, zarr.Group):
+        raise StoreError(f"{key} is not a group")
+    return child
