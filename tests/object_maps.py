@@ -13,7 +13,9 @@ from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 NUCLEI = HeadSpec(
     name="nuclei", kind="instance", object_kind="nucleus", rules=AnchorRules(), parent="gland"
 )
-GLAND = HeadSpec(name="gland", kind="instance", stride=2, object_kind="gland", rules=RunRules(grow_um=5))
+GLAND = HeadSpec(
+    name="gland", kind="instance", stride=2, object_kind="gland", rules=RunRules(grow_um=5)
+)
 LUMEN = HeadSpec(
     name="lumen",
     kind="instance",
@@ -24,7 +26,10 @@ LUMEN = HeadSpec(
     inside_parent=True,
 )
 TYPE = HeadSpec(
-    name="type", kind="class", classes=("none", "epithelial", "immune", "stromal"), classifies="nuclei"
+    name="type",
+    kind="class",
+    classes=("none", "epithelial", "immune", "stromal"),
+    classifies="nuclei",
 )
 TISSUE = HeadSpec(name="tissue", kind="patch", stride=16, classes=("glass", "mucosa", "muscle"))
 
@@ -92,7 +97,9 @@ def half(prob):
     """Average 2 x 2 pixels."""
     c, h, w = prob.shape
     padded = np.pad(prob, ((0, 0), (0, h % 2), (0, w % 2)), mode="edge").astype(np.uint16)
-    return ((padded.reshape(c, (h + 1) // 2, 2, (w + 1) // 2, 2).sum((2, 4)) + 2) // 4).astype(np.uint8)
+    return ((padded.reshape(c, (h + 1) // 2, 2, (w + 1) // 2, 2).sum((2, 4)) + 2) // 4).astype(
+        np.uint8
+    )
 
 
 def tissue_like(seed: int, size: tuple[int, int] = (700, 620)) -> MemoryStore:
@@ -106,7 +113,9 @@ def tissue_like(seed: int, size: tuple[int, int] = (700, 620)) -> MemoryStore:
     holes = blobs(rng, small, max(2, area // 12000), (3, 9), rim=0.5)
     lumen = blobs(rng, small, max(2, area // 9000), (4, 14), rim=0.5)
     gland[0] = np.where(holes[0] > 128, 20, gland[0])
-    type_ = (ndi.zoom(rng.integers(0, 4, (h // 12 + 2, w // 12 + 2)), 12, order=0)[:h, :w]).astype(np.uint8)
+    type_ = (ndi.zoom(rng.integers(0, 4, (h // 12 + 2, w // 12 + 2)), 12, order=0)[:h, :w]).astype(
+        np.uint8
+    )
     tissue = rng.integers(0, 3, (-(-h // 16), -(-w // 16))).astype(np.uint8)
     return MemoryStore(
         spec=model(NUCLEI, TYPE, GLAND, LUMEN, TISSUE),
@@ -133,9 +142,13 @@ def noise(seed: int, size: tuple[int, int] = (230, 190), *, level: float = 0.5) 
 
     w, h = size
     small = ((h + 1) // 2, (w + 1) // 2)
-    rules = AnchorRules(min_core_um2=float(rng.integers(1, 8)) / 4, max_diameter_um=float(rng.choice([12, 25, 200])))
+    rules = AnchorRules(
+        min_core_um2=float(rng.integers(1, 8)) / 4, max_diameter_um=float(rng.choice([12, 25, 200]))
+    )
     spec = model(
-        HeadSpec(name="nuclei", kind="instance", object_kind="nucleus", rules=rules, parent="gland"),
+        HeadSpec(
+            name="nuclei", kind="instance", object_kind="nucleus", rules=rules, parent="gland"
+        ),
         TYPE,
         HeadSpec(
             name="gland",

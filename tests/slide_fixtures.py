@@ -44,7 +44,9 @@ def encode(tile, kind):
         return imagecodecs.jpeg2k_encode(tile, level=0, codecformat="j2k", reversible=True)
     if kind == "jpeg2000-ycc":
         ycc = rgb_to_ycc(tile)
-        return imagecodecs.jpeg2k_encode(ycc, level=0, codecformat="j2k", reversible=True, mct=False)
+        return imagecodecs.jpeg2k_encode(
+            ycc, level=0, codecformat="j2k", reversible=True, mct=False
+        )
     if kind == "deflate":
         return imagecodecs.zlib_encode(tile)
     return imagecodecs.lzw_encode(tile) if kind == "lzw" else tile.tobytes()
@@ -66,7 +68,7 @@ def write_slide(path, image, kind="jpeg-ycc420", *, tile=64, downsamples=(1, 4),
             data = encode(full, kind)
             if index == spoil_level and (spoil == "all" or (column, row) in spoil):
                 data = b"\x00" * len(data)
-            yield None if index == 0 and (column, row) in skip else data
+            yield b"" if index == 0 and (column, row) in skip else data
 
     compression = _COMPRESSION.get(kind, 7)
     with tifffile.TiffWriter(path, bigtiff=bigtiff) as tif:
@@ -97,7 +99,9 @@ def mean_blocks(image, factor):
     """Area average by an independent route: float means of padded blocks, ignoring padding."""
     height, width = image.shape[:2]
     more = (-height % factor, -width % factor)
-    padded = np.pad(image.astype(float), ((0, more[0]), (0, more[1]), (0, 0)), constant_values=np.nan)
+    padded = np.pad(
+        image.astype(float), ((0, more[0]), (0, more[1]), (0, 0)), constant_values=np.nan
+    )
     blocks = padded.reshape(padded.shape[0] // factor, factor, -1, factor, 3)
     return np.nanmean(blocks, axis=(1, 3))
 

@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F  # noqa: N812
 
 from wsi_pipeline import bundle as bundle_module
 from wsi_pipeline.bundle import (

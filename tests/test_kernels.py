@@ -94,10 +94,14 @@ def plain_growth(labels, inner, ground, steps, allowed=None):
         for dy, dx in ((-1, 0), (0, -1), (0, 1), (1, 0)):  # N, W, E, S
             near = np.zeros_like(labels)
             q = np.full(labels.shape, -1)
-            to = (slice(max(0, -dy), labels.shape[0] - max(0, dy)),
-                  slice(max(0, -dx), labels.shape[1] - max(0, dx)))
-            source = (slice(max(0, dy), labels.shape[0] - max(0, -dy)),
-                      slice(max(0, dx), labels.shape[1] - max(0, -dx)))
+            to = (
+                slice(max(0, -dy), labels.shape[0] - max(0, dy)),
+                slice(max(0, -dx), labels.shape[1] - max(0, dx)),
+            )
+            source = (
+                slice(max(0, dy), labels.shape[0] - max(0, -dy)),
+                slice(max(0, dx), labels.shape[1] - max(0, -dx)),
+            )
             near[to], q[to] = labels[source], inner[source]
             wins = (labels == 0) & (near > 0) & ground & (q > value)
             if allowed is not None:

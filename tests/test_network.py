@@ -1,3 +1,118 @@
-"""The networks against an independent forward pass, and against themselves."""
+"""The Cerberus network's own promises; ``test_bundle.py`` compares it with upstream's."""
 
 from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from wsi_pipeline.errors import ModelBundleError
+from wsi_pipeline.network import build_network
+from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec
+
+SPEC = ModelSpec(
+    name="narrow",
+    architecture="cerberus",
+    mpp=0.5,
+    halo_px=16,
+    heads=(
+        HeadSpec(name="nuclei", kind="instance", object_kind="nucleus", rules=AnchorRules()),
+        HeadSpec(name="nuclei-class", kind="class", classes=tuple("abcdefg"), classifies="nuclei"),
+        HeadSpec(name="tissue", kind="patch", stride=16, classes=("x", "y", "z")),
+    ),
+    options={"widths": [4, 4, 6, 8], "blocks": [1, 2, 1, 1], "head_width": 5, "patch_width": 7},
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return build_network(SPEC).eval()
+
+
+def test_shapes_of_every_kind_of_head(network):
+    with torch.no_grad():
+        maps = network(torch.rand(2, 3, 48, 80) * 255)
+    shapes = {name: tuple(map_.shape) for name, map_ in maps.items()}
+    assert shapes == {
+        "nuclei": (2, 3, 48, 80),
+        "nuclei-class": (2, 7, 48, 80),
+        "tissue": (2, 3, 3, 5),
+    }
+
+
+def test_full_size_parameters():
+    """The published network: 27,864,284 parameters with its six heads, without ImageNet's fc."""
+    one = dataclasses.replace(SPEC, options={}, heads=SPEC.heads[:1])
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_network(one).parameters())
+    assert count == 21_797_672 - 513_000 + 131_072 + 1_255_872 + 6_723
+
+
+def test_dense_patch_head_is_the_crop_at_every_cell(network):
+    """Cell by cell against the head applied to the 9 x 9 cells around it."""
+    head = network.heads["tissue"]
+    x = torch.randn(1, 8, 13, 17)
+    with torch.no_grad():
+        dense = head(x)
+        for row, column in ((4, 4), (6, 9), (8, 12)):
+            crop = x[:, :, row - 4 : row + 5, column - 4 : column + 5]
+            mean = F.adaptive_avg_pool2d(crop, 1)
+            hidden = torch.relu(head.norm2(head.conv1(torch.relu(head.norm1(mean)))))
+            expected = head.conv2(hidden)[0, :, 0, 0]
+            torch.testing.assert_close(dense[0, :, row, column], expected)
+
+
+def test_a_144_pixel_patch_is_classified_as_upstream_does(network):
+    with torch.no_grad():
+        maps = network.encoder(torch.rand(1, 3, 144, 144))
+        dense = network.heads["tissue"](maps[-1])
+        mean = maps[-1].mean((2, 3), keepdim=True).expand(-1, -1, 9, 9)
+        torch.testing.assert_close(dense[..., 4, 4], network.heads["tissue"](mean)[..., 4, 4])
+
+
+def test_input_is_scaled_from_0_255(network):
+    seen = []
+    hook = network.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        network(torch.full((1, 3, 16, 16), 255.0))
+    hook.remove()
+    assert torch.equal(seen[0], torch.ones(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 40, 48), (1, 1, 48, 48), (3, 48, 48)])
+def test_unfit_inputs_are_refused(network, shape):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        network(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": "unet"},
+        {"options": {"depth": 3}},
+        {"options": {"widths": [4, 4, 4]}},
+        {"heads": (dataclasses.replace(SPEC.heads[0], name="train"),)},
+    ],
+)
+def test_impossible_specs_are_refused(change):
+    with pytest.raises(ModelBundleError):
+        build_network(dataclasses.replace(SPEC, **change))
+
+
+def test_initialisation_is_kaiming_fan_out(network):
+    torch.manual_seed(1)
+    spec = dataclasses.replace(SPEC, options={"widths": [32, 32, 64, 64], "blocks": [1, 1, 1, 1]})
+    weight = build_network(spec).encoder.stages[2][0].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.03)
+
+
+def test_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    network = build_network(SPEC).train()
+    maps = network(torch.rand(2, 3, 32, 32) * 255)
+    sum((map_**2).mean() for map_ in maps.values()).backward()
+    missing = [name for name, p in network.named_parameters() if p.grad is None]
+    assert missing == []

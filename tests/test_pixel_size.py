@@ -31,7 +31,11 @@ TAGS = ("tiff.XResolution", "tiff.YResolution")
         (EVERYTHING, None, PixelSize(x=0.2517, y=0.2517, source="aperio.MPP")),
         (without("aperio.MPP"), None, PixelSize(x=0.3, y=0.31, source="openslide.mpp-x")),
         (without("aperio.MPP", *MPP), None, PixelSize(x=0.5, y=1.0, source="tiff.XResolution")),
-        (without("aperio.MPP", *MPP, *TAGS), None, PixelSize(x=0.5, y=0.5, source="objective-power")),
+        (
+            without("aperio.MPP", *MPP, *TAGS),
+            None,
+            PixelSize(x=0.5, y=0.5, source="objective-power"),
+        ),
     ],
 )
 def test_the_first_to_say_so_decides(properties, argument, expected):

@@ -36,6 +36,12 @@ def world():
     return World.make(seed=3, mpp=0.5, size=(SIDE, SIDE))
 
 
+@pytest.fixture(scope="module")
+def whole(world):
+    box = Box(x=0, y=0, width=SIDE, height=SIDE)
+    return world.draw(box, world.scene(box))
+
+
 def read_truth(slide):
     table = pq.read_table(slide.with_suffix(".truth.parquet"))
     columns = {name: table[name].to_pylist() for name in table.column_names}
@@ -53,7 +59,7 @@ def paint_mask(polygons, size):
     """Pixels whose centre lies in one of the polygons, by an independent library."""
     x, y = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
     mask = np.zeros((size, size), bool)
-    for polygon in polygons:
+    for polygon in polygons[~shapely.is_empty(polygons)]:
         x0, y0, x1, y1 = polygon.bounds
         cut = np.s_[max(int(y0), 0) : int(y1) + 1, max(int(x0), 0) : int(x1) + 1]
         mask[cut] |= shapely.contains_xy(polygon, x[cut], y[cut])
@@ -91,19 +97,16 @@ def test_lower_levels_are_averages_of_level_0(slide):
             size = opened.level_dimensions[level]
             lower = np.asarray(opened.read_region((0, 0), level, size))[..., :3].astype(float)
             mean = full.reshape(size[1], factor, size[0], factor, 3).mean((1, 3))
-            assert np.sqrt(((mean - lower) ** 2).mean()) < 4
+            assert np.sqrt(((mean - lower) ** 2).mean()) < 6  # a shift by one pixel gives 25
 
 
-def test_jpeg_components_are_tagged_rgb(slide, world):
+def test_jpeg_components_are_tagged_rgb(slide, whole):
     """Two independent readers see the drawn colours: no hidden YCbCr."""
-    drawn = world.draw(
-        Box(x=0, y=0, width=SIDE, height=SIDE), world.scene(Box(x=0, y=0, width=SIDE, height=SIDE))
-    )
     with tifffile.TiffFile(slide) as file:
         assert file.is_bigtiff
         assert file.pages[0].photometric == tifffile.PHOTOMETRIC.RGB
-        assert np.abs(file.pages[0].asarray().astype(int) - drawn).mean() < 4
-    assert np.abs(read_pixels(slide).astype(int) - drawn).mean() < 4
+        assert np.abs(file.pages[0].asarray().astype(int) - whole).mean() < 4
+    assert np.abs(read_pixels(slide).astype(int) - whole).mean() < 4
 
 
 def test_jpeg2000_variant_shows_the_same(slide, tmp_path):
@@ -125,17 +128,11 @@ def test_no_tile_is_missing(slide):
             assert min(page.databytecounts) > 0
 
 
-@settings(max_examples=15, deadline=None)
-@given(x=st.integers(0, 1200), y=st.integers(0, 1200), w=st.integers(1, 400), h=st.integers(1, 400))
-def test_any_region_drawn_alone_equals_the_same_part_of_the_whole(world, x, y, w, h):
-    whole_box = Box(x=0, y=0, width=1600, height=1600)
-    if not hasattr(test_any_region_drawn_alone_equals_the_same_part_of_the_whole, "whole"):
-        whole = world.draw(whole_box, world.scene(whole_box))
-        test_any_region_drawn_alone_equals_the_same_part_of_the_whole.whole = whole
+@settings(max_examples=12, deadline=None)
+@given(x=st.integers(0, 1200), y=st.integers(0, 1200), w=st.integers(1, 300), h=st.integers(1, 300))
+def test_any_region_drawn_alone_equals_the_same_part_of_the_whole(world, whole, x, y, w, h):
     box = Box(x=x, y=y, width=w, height=h)
-    alone = world.draw(box, world.scene(box))
-    whole = test_any_region_drawn_alone_equals_the_same_part_of_the_whole.whole
-    assert np.array_equal(alone, whole[box.slices])
+    assert np.array_equal(world.draw(box, world.scene(box)), whole[box.slices])
 
 
 def test_truth_is_valid_unique_and_inside_the_slide(truth):
@@ -146,11 +143,8 @@ def test_truth_is_valid_unique_and_inside_the_slide(truth):
     assert bounds.min() >= 0
     assert bounds.max() <= SIDE
     assert truth["id"] == list(range(1, len(geometry) + 1))
-    assert {k: (truth["kind"] == k).sum() > 30 for k in ("nucleus", "gland", "lumen")} == {
-        "nucleus": True,
-        "gland": True,
-        "lumen": True,
-    }
+    for kind, least in (("nucleus", 1000), ("gland", 15), ("lumen", 15)):
+        assert (truth["kind"] == kind).sum() > least
 
 
 def test_nuclei_keep_a_gap(truth):
@@ -191,7 +185,7 @@ def test_nuclei_are_drawn_where_the_truth_has_them(slide, truth):
     around = paint_mask(shapely.buffer(nuclei, 4), SIDE) & ~paint_mask(
         shapely.buffer(nuclei, 1), SIDE
     )
-    red = -np.log10((read_pixels(slide)[..., 0] + 1) / 246)
+    red = -np.log10((read_pixels(slide)[..., 0] + 1.0) / 246)
     # Red light tells haematoxylin: eosin hardly absorbs it. The pen is left out.
     clear = np.arange(SIDE)[None, :] > 200
     assert np.percentile(red[inside & clear], 5) > np.percentile(red[around & clear], 95) - 0.05

@@ -69,8 +69,12 @@ def test_outer_rings_of_a_label_image(seed):
     image[:] = ndi.label(mask)[0]
     first = table[:, 6] * mask.shape[1] + table[:, 5]
     kept, outlines = trace_labels(
-        image.copy(), np.arange(1, count + 1), first, table[:, 5:7] + [7, 11],
-        origin=(7, 11), min_area_px=3,
+        image.copy(),
+        np.arange(1, count + 1),
+        first,
+        table[:, 5:7] + [7, 11],
+        origin=(7, 11),
+        min_area_px=3,
     )
     filled = [ndi.binary_fill_holes(image == i) for i in range(1, count + 1)]
     areas = np.array([f.sum() for f in filled])
@@ -85,7 +89,12 @@ def test_outer_rings_of_a_label_image(seed):
 def test_one_pixel_is_a_diamond_on_the_grid():
     grid = PixelGrid(origin=(100.0, 200.0), spacing=(2.0, 4.0), size=(9, 9))
     outlines, (shape,), _ = drawn(np.pad([[True]], ((2, 0), (3, 0))), grid)
-    assert set(shape.exterior.coords) == {(107.0, 208.0), (108.0, 210.0), (107.0, 212.0), (106.0, 210.0)}
+    assert set(shape.exterior.coords) == {
+        (107.0, 208.0),
+        (108.0, 210.0),
+        (107.0, 212.0),
+        (106.0, 210.0),
+    }
     assert dict(zip(MEASURES, outlines.measures[0], strict=True))["steps_diagonal"] == 4
 
 

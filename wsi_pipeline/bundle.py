@@ -181,6 +181,7 @@ def save_bundle(
         if text is not None:
             (beside / name).write_text(text, encoding="utf-8")
     save_file(tensors, beside / _WEIGHTS, metadata={"format": "pt"})
+    (beside / _WEIGHTS).chmod(0o644)  # it is written for its owner alone
     publish_directory(beside, path)
     return open_bundle(path)
 

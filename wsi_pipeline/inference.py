@@ -6,8 +6,8 @@
     slide.read_windows -> copy into (pinned) batches -> to device, network, softmax, crop the
                           at most two waiting           halo, shrink, quantise -> uint8 blocks
 
-Batches always have their full size (the last is filled up), so a tile's bytes cannot
-depend on which tiles it shares a batch with.
+Batches always have their full size (the last is filled up), and a CPU computes their tiles
+one by one: a tile's bytes cannot depend on the tiles it shares a batch with.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class TorchPredictor:
         self.halo_px: int = bundle.spec.halo_px
         self.batch_size = batch_size
         self.workers = workers
-        self._limit = batch_size  # tiles the device takes at once; out-of-memory halves it
+        # Tiles the device takes at once; out-of-memory halves it. A CPU gains nothing by more
+        # than one, and its kernels round differently by the number.
+        self._limit = 1 if device == "cpu" else batch_size
         network = bundle.load_network().to(device=device, dtype=DTYPES[precision])
         self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

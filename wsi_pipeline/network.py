@@ -5,7 +5,7 @@
     architecture      what it is
     cerberus          ResNet-34 with a stride-1 stem, one U-Net decoder a head, and a
                       dense patch classifier at the bottleneck
-    stain-baseline    colour deconvolution and local contrast; nothing in it is learned
+    stain-baseline    colour deconvolution and local contrast; see ``stain.py``
 
     x (B, 3, H, W) 0..255 -> stem -> stage 0 -> stage 1 -> stage 2 -> stage 3
                               | 1     | 1/2      | 1/4      | 1/8      | 1/16
@@ -15,7 +15,8 @@
 
 Every network takes ``(B, 3, H, W)`` floats 0..255, RGB, with H and W multiples of 16, and
 returns ``{head name: logits}``. The logits' scale (input pixels a logit) divides the head's
-stride: 1 for the segmentation heads of ``cerberus``, 16 for patch heads. Suffixes name the
+stride: 1 for the segmentation heads of ``cerberus``, 16 for its patch heads, 1 or 2 for
+``stain-baseline``. Suffixes name the
 axes: ``x_BCHW``.
 
 ``cerberus`` is the network of Graham et al., "One model is all you need" (Medical Image
@@ -32,8 +33,9 @@ from torch.nn import functional
 
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.spec import HeadSpec, ModelSpec
+from wsi_pipeline.stain import StainBaseline
 
-__all__ = ["INPUT_MULTIPLE", "Cerberus", "StainBaseline", "build_network"]
+__all__ = ["INPUT_MULTIPLE", "Cerberus", "build_network"]
 
 INPUT_MULTIPLE = 16
 """Height and width of an input are multiples of this: the total stride of the encoder."""
@@ -63,8 +65,9 @@ def build_network(spec: ModelSpec) -> nn.Module:
         raise ModelBundleError(msg)
     try:
         return architectures[spec.architecture](spec.heads, **spec.options)
-    except TypeError as error:
-        raise ModelBundleError(f"options of {spec.architecture!r}: {error}") from error
+    except (TypeError, KeyError) as error:  # KeyError: torch reserves some names
+        msg = f"options or head names of {spec.architecture!r}: {error}"
+        raise ModelBundleError(msg) from error
 
 
 class Cerberus(nn.Module):
@@ -229,11 +232,10 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _check_input(x_BCHW: Tensor) -> None:
-    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or any(n % 16 for n in x_BCHW.shape[2:]):
+    if (
+        x_BCHW.ndim != 4
+        or x_BCHW.shape[1] != 3
+        or any(n % INPUT_MULTIPLE for n in x_BCHW.shape[2:])
+    ):
         msg = f"input must be (B, 3, H, W) with H and W multiples of 16, not {x_BCHW.shape}"
         raise ValueError(msg)
-
-
-class StainBaseline(nn.Module):
-    def __init__(self, heads: Sequence[HeadSpec]) -> None:
-        super().__init__()

@@ -164,7 +164,7 @@ def _draw_slide(
 
 
 def _outline(tissue: TissueMask, grid: PixelGrid) -> Image.Image:
-    """Return the tissue's inner border on another grid, as an 8-bit mask.
+    """Return the tissue's inner border on another grid, as a 1-bit mask.
 
     Where tissue meets the border of the picture no line is drawn: it goes on there.
     """
@@ -179,9 +179,16 @@ def _outline(tissue: TissueMask, grid: PixelGrid) -> Image.Image:
     )
     # The steps of a coarse mask would look like detail: round them off.
     there = there.filter(ImageFilter.GaussianBlur(0.6 * tx / sx))
-    solid = there.point([255 if value > 127 else 0 for value in range(256)])
-    inner = solid.filter(ImageFilter.MinFilter(2 * OVERSAMPLE + 3))
-    return Image.fromarray(np.asarray(solid) - np.asarray(inner))
+    solid = np.asarray(there) > 127
+    reach = 2 * OVERSAMPLE
+    wide = np.pad(solid, reach, mode="edge")
+    inner = (
+        wide[: -2 * reach, reach:-reach]
+        & wide[2 * reach :, reach:-reach]
+        & wide[reach:-reach, : -2 * reach]
+        & wide[reach:-reach, 2 * reach :]
+    )
+    return Image.fromarray(solid & ~inner)
 
 
 def _draw_scale_bar(picture: Image.Image, um_per_px: float) -> None:
@@ -258,7 +265,7 @@ def _density(
     )
     bin_mm2 = math.prod(bins.spacing) * math.prod(pixel_size) / 1e6
     pixel_mm2 = math.prod(tissue.grid.spacing) * math.prod(pixel_size) / 1e6
-    across, down = _membership(tissue.grid, bins)
+    across, down = (_overlap(tissue.grid, bins, axis) for axis in (0, 1))
     pixels = down @ tissue.mask.astype(np.float32) @ across.T
     tissue_mm2 = _smooth(pixels.astype(np.float64) * pixel_mm2)
     enough = tissue_mm2 > MIN_BIN_TISSUE * bin_mm2
@@ -267,20 +274,18 @@ def _density(
     return values
 
 
-def _membership(
-    grid: PixelGrid, bins: PixelGrid
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Tell which columns and rows of a grid have their centre in which bins.
+def _overlap(grid: PixelGrid, bins: PixelGrid, axis: int) -> NDArray[np.float32]:
+    """Return which share of each column (axis 0) or row (1) of a grid lies in which bin.
 
     Returns:
-        ``(bins, columns)`` and ``(bins, rows)``, 1 for a member and 0 otherwise.
+        ``(bins, columns or rows)``; a column sums to 1 unless it reaches beyond the bins.
     """
-    centres = grid.to_level0(np.repeat(np.arange(max(grid.size))[:, None] + 0.5, 2, axis=1))
-    places = np.floor(bins.from_level0(centres)).astype(np.int64)
-    columns, rows = (
-        (places[: grid.size[axis], axis] == np.arange(bins.size[axis])[:, None]) for axis in (0, 1)
-    )
-    return columns.astype(np.float32), rows.astype(np.float32)
+    spacing = grid.spacing[axis] / bins.spacing[axis]
+    start = (grid.origin[axis] - bins.origin[axis]) / bins.spacing[axis]
+    left = start + spacing * np.arange(grid.size[axis])
+    bin_left = np.arange(bins.size[axis])[:, None]
+    shared = np.minimum(left + spacing, bin_left + 1) - np.maximum(left, bin_left)
+    return np.asarray(np.maximum(shared, 0) / spacing, np.float32)
 
 
 def _count(points: NDArray[np.float64], bins: PixelGrid) -> NDArray[np.float64]:
@@ -382,7 +387,7 @@ def _round_down(value: float) -> float:
 
 
 def _round_up(value: float) -> float:
-    """Return the smallest of 1, 2, 5 times a power of ten that is not below a value; 1 for 0."""
+    """Return the smallest of 1, 2, 3, 5 times a power of ten not below a value; 1 for 0."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,11 +20,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from wsi_pipeline.job import RunReport, SlideJob
 
 __all__ = ["BarWatcher", "LineWatcher", "describe", "final_table"]
 
+_ORDER = {"done": 0, "interrupted": 1, "failed": 2}
 LINE_EVERY_S = 30.0
 """How often a slide in progress gets a line where bars cannot be drawn."""
 
@@ -128,7 +130,8 @@ class BarWatcher:
             self._progress.remove_task(task)
         self._progress.advance(self._batch)
         colour = {"done": "green", "failed": "red", "interrupted": "yellow"}[report.status]
-        self._console.print(describe(report, skipped=skipped), style=colour, markup=False)
+        line = describe(report, skipped=skipped)
+        self._console.print(line, style=colour, markup=False, highlight=False)
 
     def close(self) -> None:
         """Take the bars away."""
@@ -149,26 +152,28 @@ def describe(report: RunReport, *, skipped: bool = False) -> str:
     return f"{report.slide_id}: done, {counts}, {area} in {seconds:.1f} s{warnings}"
 
 
-def final_table(reports: Sequence[RunReport]) -> Table:
-    """Return the table of a finished run: failed slides last, with their reasons."""
-    kinds = list(dict.fromkeys(kind for report in reports for kind in report.counts))
-    table = Table(title=None, expand=False)
+def final_table(reports: Sequence[RunReport]) -> Group:
+    """Return the end of a run: a table with failed slides last, and below it their reasons."""
+    ordered = sorted(reports, key=lambda r: _ORDER.get(r.status, len(_ORDER)))
+    kinds = list(dict.fromkeys(kind for report in ordered for kind in report.counts))
+    table = Table()
     table.add_column("slide", overflow="fold")
     table.add_column("state")
     for name in ("mm2", *kinds, "seconds"):
         table.add_column(name, justify="right")
-    table.add_column("remark", overflow="fold")
-    for report in sorted(reports, key=lambda r: {"done": 0, "interrupted": 1}.get(r.status, 2)):
-        remark = report.reason or "; ".join(warning["message"] for warning in report.warnings)
+    table.add_column("note", overflow="fold")
+    for report in ordered:
+        codes = [report.error["code"]] if report.error else [w["code"] for w in report.warnings]
         table.add_row(
             report.slide_id,
             report.status,
             f"{report.tissue_mm2:.2f}" if report.done else "",
             *(f"{report.counts[k]:,}" if k in report.counts else "" for k in kinds),
             f"{report.seconds['total']:.1f}",
-            remark,
+            ", ".join(codes),
         )
-    return table
+    reasons = [Text(f"{r.slide_id}: {r.reason}") for r in ordered if r.reason]
+    return Group(table, *reasons)
 
 
 def _duration(seconds: float) -> str:

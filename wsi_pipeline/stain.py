@@ -25,6 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wsi_pipeline.errors import ModelBundleError
+from wsi_pipeline.spec import HeadSpec
+
 __all__ = ["StainBaseline"]
 
 WHITE = 245.0
@@ -76,17 +79,17 @@ class StainBaseline(nn.Module):
     """Colour deconvolution, local contrast and enclosure.
 
     Args:
-        heads: among ``nuclei`` (logits at scale 1), ``gland`` and ``lumen`` (scale 2).
+        heads: of these names: ``nuclei`` (logits at scale 1), ``gland``, ``lumen`` (scale 2).
     """
 
     unmix: Tensor
 
-    def __init__(self, heads: Sequence[str]) -> None:
+    def __init__(self, heads: Sequence[HeadSpec]) -> None:
         super().__init__()
-        unknown = sorted(set(heads) - {"nuclei", "gland", "lumen"})
+        self.names = tuple(head.name for head in heads)
+        unknown = sorted(set(self.names) - {"nuclei", "gland", "lumen"})
         if unknown:
-            raise TypeError(f"it has no heads {unknown}")
-        self.names = tuple(heads)
+            raise ModelBundleError(f"the stain baseline has no heads {unknown}")
         # Not learned, but it decides the maps: it is kept where weights are kept.
         self.register_buffer("unmix", _unmixing())
 
@@ -118,7 +121,8 @@ def _unmixing() -> Tensor:
     """Return the ``(2, 3)`` matrix from optical densities to haematoxylin and eosin."""
     vectors = functional.normalize(torch.tensor(STAINS, dtype=torch.float64), dim=1)
     residual = functional.normalize(torch.linalg.cross(vectors[0], vectors[1]), dim=0)
-    return torch.linalg.inv(torch.stack([*vectors, residual])).T[:2].float().contiguous()
+    matrix: Tensor = torch.linalg.inv(torch.stack([*vectors, residual])).T[:2]
+    return matrix.float().contiguous()
 
 
 def _nuclei(stain_B1HW: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ def _glands(stains_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     met = _box(met * free) / (_box(free) + 0.05)
     inside = (met - RAYS_MET + 0.5).clamp(0, 1) * (1 - wall)
     lumen = _box(_repeat(_dilate, _repeat(_erode, torch.minimum(space, inside), 2), 2))
-    near = (_repeat(_dilate, lumen, EPITHELIUM_PX) > 0.5).to(h.dtype)
+    near = (_repeat(_dilate_by_two, lumen, EPITHELIUM_PX // 2) > 0.5).to(h.dtype)
     epithelium = torch.maximum(wall, (met - RAYS_MET + 1.5).clamp(0, 1))
     return lumen, torch.maximum(_box(near * epithelium), lumen)
 
@@ -234,6 +238,11 @@ def _dilate(x_BCHW: Tensor) -> Tensor:
     torch.maximum(y_BCHW[..., 1:, :], x_BCHW[..., :-1, :], out=y_BCHW[..., 1:, :])
     torch.maximum(y_BCHW[..., :-1, :], x_BCHW[..., 1:, :], out=y_BCHW[..., :-1, :])
     return y_BCHW
+
+
+def _dilate_by_two(x_BCHW: Tensor) -> Tensor:
+    """Maximum within an octagon of radius 2: rounder than two crosses."""
+    return _dilate(functional.max_pool2d(x_BCHW, 3, stride=1, padding=1))
 
 
 def _erode(x_BCHW: Tensor) -> Tensor:

@@ -100,10 +100,14 @@ class ObjectWriter:
             metadata: goes into the key ``wsi_pipeline`` as JSON, with the pixel size.
             pixel_size: micrometres per level-0 pixel, x and y.
             schema: the columns.
+
+        Raises:
+            ValueError: the pixel size is not positive and finite.
         """
         self._path = Path(path)
         self._metadata = metadata
         self._pixel_size = pixel_size
+        self._crs = _pixel_crs(pixel_size)
         self._schema = schema
         self._held: list[pa.Table] = []
         self._held_rows = 0
@@ -193,7 +197,7 @@ class ObjectWriter:
         x, y = self._pixel_size
         own = {**self._metadata, "pixel_size_um": {"x": x, "y": y}}
         return {
-            "geo": json.dumps(_geo_metadata(self._pixel_size, self._extent)),
+            "geo": json.dumps(_geo_metadata(self._crs, self._extent)),
             "wsi_pipeline": json.dumps(own, sort_keys=True),
         }
 
@@ -323,14 +327,12 @@ def _read_key(path: Path, key: bytes) -> dict[str, Any]:
     return value
 
 
-def _geo_metadata(
-    pixel_size: tuple[float, float], extent: Sequence[float] | None
-) -> dict[str, Any]:
+def _geo_metadata(crs: Mapping[str, Any], extent: Sequence[float] | None) -> dict[str, Any]:
     """Return the ``geo`` metadata of GeoParquet 1.1.0."""
     column: dict[str, Any] = {
         "encoding": "WKB",
         "geometry_types": ["Polygon"] if extent is not None else [],
-        "crs": _pixel_crs(pixel_size),
+        "crs": crs,
         "orientation": "counterclockwise",
         "edges": "planar",
         "covering": {"bbox": {side: ["bbox", side] for side in _SIDES}},

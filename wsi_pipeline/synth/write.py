@@ -183,7 +183,12 @@ class _Painter:
         return cast(
             bytes,
             imagecodecs.jpeg2k_encode(
-                image, level=38, codecformat="j2k", colorspace="srgb", mct=True, reversible=False
+                image,
+                level=45,
+                codecformat="j2k",
+                colorspace=imagecodecs.JPEG2K.CLRSPC.SRGB,
+                mct=True,
+                reversible=False,
             ),
         )
 

@@ -1,0 +1,1 @@
+"""What measures: each file is a command that prints JSON."""

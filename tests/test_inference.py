@@ -1,0 +1,288 @@
+"""The predictor on a fake slide: the right pixels, any batch, any tile size, clean ends."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wsi_pipeline import device
+from wsi_pipeline.bundle import find_bundle, save_bundle
+from wsi_pipeline.errors import JobError, OutOfMemoryError, SlideError
+from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.inference import TorchPredictor
+from wsi_pipeline.network import build_network
+from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
+from wsi_pipeline.tiling import TileGrid
+
+SPEC = ModelSpec(
+    name="tiny",
+    architecture="cerberus",
+    mpp=0.5,
+    halo_px=32,
+    heads=(
+        HeadSpec(name="nuclei", kind="instance", object_kind="nucleus", rules=AnchorRules()),
+        HeadSpec(
+            name="nuclei-class", kind="class", classes=("none", "a", "b", "c"), classifies="nuclei"
+        ),
+        HeadSpec(name="gland", kind="instance", stride=2, object_kind="gland", rules=RunRules()),
+        HeadSpec(name="tissue", kind="patch", stride=16, classes=("x", "y", "z")),
+    ),
+    options={"widths": [4, 4, 6, 8], "blocks": [1, 1, 1, 1], "head_width": 4, "patch_width": 4},
+)
+
+
+class FakeSlide:
+    """An image in memory; yields views of one reused buffer, as a real reader may."""
+
+    def __init__(self, image, *, fail_at=None):
+        self.image = image
+        self.fail_at = fail_at
+        self.asked = []
+        self.threads = None
+        self.reader = None
+
+    @property
+    def grid(self):
+        height, width = self.image.shape[:2]
+        return PixelGrid.level0((width, height))
+
+    def read_windows(self, grid, boxes, *, threads, stop=lambda: False):
+        assert grid == self.grid
+        self.threads, self.reader = threads, threading.current_thread()
+        buffer = np.empty((boxes[0].height, boxes[0].width, 3), np.uint8) if boxes else None
+        for index, box in enumerate(boxes):
+            if stop():
+                return
+            if index == self.fail_at:
+                raise SlideError("broken here")
+            self.asked.append(box)
+            buffer[:] = read(self.image, box)
+            yield buffer
+        if buffer is not None:
+            buffer[:] = 0
+
+
+def read(image, box):
+    out = np.full((box.height, box.width, 3), 255, np.uint8)
+    height, width = image.shape[:2]
+    x0, y0, x1, y1 = max(box.x, 0), max(box.y, 0), min(box.x1, width), min(box.y1, height)
+    if x0 < x1 and y0 < y1:
+        out[y0 - box.y : y1 - box.y, x0 - box.x : x1 - box.x] = image[y0:y1, x0:x1]
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    torch.manual_seed(5)
+    network = build_network(SPEC)
+    with torch.no_grad():  # heads sure enough of themselves that their maps vary
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+    return save_bundle(tmp_path_factory.mktemp("zoo") / "tiny", SPEC, network, card="")
+
+
+@pytest.fixture(scope="module")
+def slide():
+    image = np.random.default_rng(2).integers(0, 256, (150, 200, 3), np.uint8)
+    return FakeSlide(image)
+
+
+def load(bundle, **options):
+    options = {"device": "cpu", "precision": "fp32", "tile_size": 64, **options}
+    return TorchPredictor.load(bundle, **options)
+
+
+def predict(predictor, slide, **options):
+    tiles = TileGrid.cover(slide.grid, tile_px=predictor.tile_px, halo_px=predictor.halo_px)
+    return tiles, list(predictor.predict(slide, tiles, **options))
+
+
+def test_blocks_are_what_the_network_says_about_their_pixels(bundle, slide):
+    """Against the formula written out in numpy, one tile at a time."""
+    predictor = load(bundle, batch_size=3, workers=2)
+    tiles, blocks = predict(predictor, slide)
+    assert [block.tile for block in blocks] == list(tiles.tiles)
+    assert slide.threads == 2
+    network = bundle.load_network()
+    for block in blocks:
+        x = torch.from_numpy(read(slide.image, block.tile.read)).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            logits = {name: t[0].double().numpy() for name, t in network(x).items()}
+        for head in SPEC.heads:
+            scale = 16 if head.kind == "patch" else 1
+            e = np.exp(logits[head.name] - logits[head.name].max(0))
+            p = (e / e.sum(0))[:, 32 // scale : 96 // scale, 32 // scale : 96 // scale]
+            k = head.stride // scale
+            p = p.reshape(len(p), p.shape[1] // k, k, p.shape[2] // k, k).mean((2, 4))
+            box = block.tile.write.coarsen(head.stride)
+            p = p[:, : box.height, : box.width]
+            if head.has_class_map:
+                found = block.arrays[f"{head.name}/class"]
+                assert found.dtype == np.uint8
+                assert found.shape == (box.height, box.width)
+                chosen = np.take_along_axis(p, found[None].astype(int), 0)[0]
+                np.testing.assert_allclose(chosen, p.max(0), atol=1e-5)
+            if head.prob_channels:
+                kept = p[1:] if head.kind == "instance" else p
+                found = block.arrays[f"{head.name}/prob"]
+                assert found.dtype == np.uint8
+                assert found.shape == kept.shape
+                assert np.abs(found - kept * 255).max() <= 0.5 + 1e-3
+        keys = {"nuclei/prob", "nuclei-class/class", "gland/prob", "tissue/prob", "tissue/class"}
+        assert set(block.arrays) == keys
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 1}, {"batch_size": 5}, {"batch_size": 12, "workers": 3}]
+)
+def test_bytes_do_not_depend_on_batch_or_workers(bundle, slide, options):
+    _, expected = predict(load(bundle, batch_size=2, workers=1), slide)
+    _, found = predict(load(bundle, **options), slide)
+    for a, b in zip(expected, found, strict=True):
+        assert a.tile == b.tile
+        for key, array in a.arrays.items():
+            np.testing.assert_array_equal(array, b.arrays[key], err_msg=key)
+
+
+def test_a_shard_gives_the_same_bytes(bundle, slide):
+    predictor = load(bundle, batch_size=4)
+    tiles, whole = predict(predictor, slide)
+    part = list(predictor.predict(slide, tiles.shard(1, 3)))
+    assert [block.tile for block in part] == [block.tile for block in whole[1::3]]
+    for a, b in zip(whole[1::3], part, strict=True):
+        for key, array in a.arrays.items():
+            np.testing.assert_array_equal(array, b.arrays[key], err_msg=key)
+
+
+def test_no_tiles_no_blocks(bundle, slide):
+    predictor = load(bundle)
+    tiles = TileGrid.cover(slide.grid, tile_px=64, halo_px=32, wanted=lambda _: False)
+    assert list(predictor.predict(slide, tiles)) == []
+
+
+def test_stop_and_close_end_the_threads(bundle, slide):
+    predictor = load(bundle, batch_size=1)
+    before = set(threading.enumerate())
+    done = []
+    _, blocks = predict(predictor, slide, stop=lambda: len(done) == 0 and bool(slide.asked))
+    assert len(blocks) < 12
+    tiles = TileGrid.cover(slide.grid, tile_px=64, halo_px=32)
+    blocks = predictor.predict(slide, tiles)
+    next(blocks)
+    assert slide.reader is not threading.current_thread()
+    blocks.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_errors_of_the_reader_surface_after_the_good_tiles(bundle, slide):
+    broken = FakeSlide(slide.image, fail_at=4)
+    tiles = TileGrid.cover(broken.grid, tile_px=64, halo_px=32)
+    seen = []
+    with pytest.raises(SlideError, match="broken here"):
+        seen.extend(block.tile for block in load(bundle, batch_size=2).predict(broken, tiles))
+    assert len(tiles.tiles) == 12
+
+
+def test_a_reader_that_ends_early_is_an_error(bundle, slide):
+    class Short(FakeSlide):
+        def read_windows(self, grid, boxes, **options):
+            yield from super().read_windows(grid, boxes[:3], **options)
+
+    short = Short(slide.image)
+    with pytest.raises(RuntimeError, match="ended after 3 of 12"):
+        predict(load(bundle, batch_size=2), short)
+
+
+def test_out_of_memory_halves_the_batch(bundle, slide, monkeypatch):
+    _, expected = predict(load(bundle), slide)
+    predictor = load(bundle, batch_size=5)
+    compute, sizes = predictor._compute, []
+
+    def limited(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > room:
+            raise torch.OutOfMemoryError("too much")
+        return compute(pixels)
+
+    monkeypatch.setattr(predictor, "_compute", limited)
+    predictor._limit, room = 5, 1
+    _, found = predict(predictor, slide)
+    assert sizes[:3] == [5, 2, 1]
+    assert set(sizes[3:]) == {1}
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a.arrays["nuclei/prob"], b.arrays["nuclei/prob"])
+    room = 0
+    with pytest.raises(OutOfMemoryError, match="--tile-size"):
+        predict(predictor, slide)
+
+
+def test_other_errors_of_the_network_are_not_mistaken(bundle, slide, monkeypatch):
+    predictor = load(bundle)
+
+    def wrong(_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(predictor, "_network", wrong)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        predict(predictor, slide)
+
+
+def test_tiles_of_another_size_are_refused(bundle, slide):
+    tiles = TileGrid.cover(slide.grid, tile_px=128, halo_px=32)
+    with pytest.raises(ValueError, match="128"):
+        next(load(bundle).predict(slide, tiles))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close_and_not_the_same(bundle, slide, precision):
+    _, expected = predict(load(bundle), slide)
+    _, found = predict(load(bundle, precision=precision), slide)
+    a = np.concatenate([block.arrays["nuclei/prob"].ravel() for block in expected]).astype(int)
+    b = np.concatenate([block.arrays["nuclei/prob"].ravel() for block in found]).astype(int)
+    assert np.abs(a - b).mean() < 3
+    assert (a != b).any()
+
+
+def test_auto_choices(bundle, monkeypatch):
+    predictor = TorchPredictor.load(bundle)
+    assert predictor.device in {"cpu", "cuda", "mps"}
+    assert predictor.halo_px == 32
+    assert (predictor.name, predictor.digest, predictor.spec) == ("tiny", bundle.digest, SPEC)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: True)
+    predictor = TorchPredictor.load(bundle)
+    assert (predictor.device, predictor.precision, predictor.tile_px) == ("cpu", "bf16", 1024)
+    assert predictor.batch_size == 1
+    assert predictor.workers >= 1
+    assert TorchPredictor.load(find_bundle("stain-baseline")).precision == "fp32"
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: False)
+    assert TorchPredictor.load(bundle).precision == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.choose_device("auto") == "cuda"
+    assert device.choose_precision("auto", "cuda", half_pays=True) == "bf16"
+    assert device.choose_precision("auto", "cuda", half_pays=False) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("device", "tpu"),
+        ("device", "cpu:1"),
+        ("device", "cuda:99"),
+        ("precision", "int8"),
+        ("tile_size", 100),
+        ("tile_size", "big"),
+        ("batch_size", 0),
+        ("workers", -1),
+    ],
+)
+def test_impossible_choices_are_refused(bundle, option, value):
+    with pytest.raises(JobError, match=str(value)):
+        TorchPredictor.load(bundle, **{option: value})

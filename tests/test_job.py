@@ -1,0 +1,128 @@
+"""What decides that work is done, and how failures become reports."""
+
+import errno
+import json
+from dataclasses import asdict
+
+import pytest
+
+from wsi_pipeline.errors import Interrupted, MissingPixelSizeError
+from wsi_pipeline.job import Attempt, RunReport, SlideJob, finished_report, read_report, record
+
+
+@pytest.fixture
+def job(tmp_path):
+    slide = tmp_path / "a.svs"
+    slide.write_bytes(b"pixels" * 50_000)
+    return SlideJob(
+        path=str(slide), slide_id="a", out=tmp_path / "out", model_name="m", model_digest="0"
+    )
+
+
+def changed(job, **facts):
+    return SlideJob(**{**{k: getattr(job, k) for k in job.__dataclass_fields__}, **facts})
+
+
+def test_the_job_id_is_about_content_not_about_places(job, tmp_path):
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (moved / "a.svs").write_bytes((tmp_path / "a.svs").read_bytes())
+    assert changed(job, path=str(moved / "a.svs"), out=moved).job_id == job.job_id
+    assert changed(job, keep_maps=False).job_id == job.job_id
+
+
+def test_the_job_id_changes_with_whatever_changes_results(job, tmp_path):
+    mask = tmp_path / "a.png"
+    mask.write_bytes(b"mask")
+    ids = {job.job_id}
+    ids.add(changed(job, mpp=0.5).job_id)
+    ids.add(changed(job, model_digest="1").job_id)
+    ids.add(changed(job, mask=mask).job_id)
+    mask.write_bytes(b"other")
+    ids.add(changed(job, mask=mask).job_id)
+    content = (tmp_path / "a.svs").read_bytes()
+    (tmp_path / "a.svs").write_bytes(content[:-1] + b"!")
+    ids.add(changed(job).job_id)
+    (tmp_path / "a.svs").unlink()
+    ids.add(changed(job).job_id)
+    assert len(ids) == 7
+
+
+def test_done_needs_report_job_and_files(job):
+    assert finished_report(job) is None
+    job.objects_path.parent.mkdir(parents=True)
+    job.objects_path.write_bytes(b"table")
+    attempt = Attempt(job)
+    report = record(attempt, lambda: attempt.add_output(job.objects_path), last=True)
+    assert report.outputs["objects/a.parquet"]["bytes"] == 5
+    assert finished_report(job) == report
+    assert finished_report(changed(job, mpp=1.0)) is None
+    job.objects_path.write_bytes(b"tab")
+    assert finished_report(job) is None
+    job.objects_path.unlink()
+    assert finished_report(job) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"slide_id": "a"}'])
+def test_a_damaged_report_claims_nothing(job, text):
+    job.report_path.parent.mkdir(parents=True)
+    job.report_path.write_text(text)
+    assert read_report(job.report_path) is None
+    assert finished_report(job) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MissingPixelSizeError("no size"), "missing_mpp"),
+        (MemoryError(), "out_of_memory"),
+        (ZeroDivisionError("odd"), "internal"),
+    ],
+)
+def test_errors_become_reports_with_their_code_and_stage(job, error, code):
+    attempt = Attempt(job)
+
+    def work():
+        with attempt.stage("tissue"):
+            raise error
+
+    report = record(attempt, work, last=True)
+    assert (report.status, report.error["code"], report.error["stage"]) == (
+        "failed",
+        code,
+        "tissue",
+    )
+    assert asdict(read_report(job.report_path)) == asdict(report)
+    lines = [json.loads(line) for line in job.log_path.read_text().splitlines()]
+    assert [x["event"] for x in lines] == ["start", "error", "end"]
+    assert type(error).__name__ in lines[1]["traceback"]
+
+
+def test_an_interruption_is_no_failure(job):
+    def work():
+        raise Interrupted
+
+    report = record(Attempt(job), work, last=False)
+    assert (report.status, report.error) == ("interrupted", None)
+
+
+def test_work_that_goes_on_makes_no_claim(job):
+    assert record(Attempt(job), lambda: None, last=False) is None
+    assert not job.report_path.exists()
+
+
+def test_a_report_that_cannot_be_written_is_a_failure_not_a_crash(job, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    attempt = Attempt(job)
+    monkeypatch.setattr(RunReport, "write", full)
+    report = record(attempt, lambda: None, last=True)
+    assert report.status == "failed"
+    assert report.error["code"] == "disk_full"
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(job):
+    job.log_path.parent.parent.mkdir(parents=True)
+    job.log_path.parent.write_text("a file where a folder should be")
+    assert record(Attempt(job), lambda: None, last=True).done
