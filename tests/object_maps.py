@@ -130,7 +130,7 @@ def tissue_like(seed: int, size: tuple[int, int] = (700, 620)) -> MemoryStore:
     )
 
 
-def noise(seed: int, size: tuple[int, int] = (230, 190), *, level: float = 0.5) -> MemoryStore:
+def noise(seed: int, size: tuple[int, int] = (150, 130), *, level: float = 0.5) -> MemoryStore:
     """Random maps with few values (many ties); from specks to percolating networks."""
     rng = np.random.default_rng(seed)
 

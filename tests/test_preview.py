@@ -116,7 +116,7 @@ def test_tissue_is_outlined_but_not_along_the_border_of_the_picture():
     picture = preview(image, grid, tissue)
     assert crosses(picture, 350, 150, TISSUE)
     assert crosses(picture, 150, 40, TISSUE)
-    assert near(slide_part(picture, 1.5, 150), PINK, 8)
+    assert near(slide_part(picture, 0.25, 150), PINK, 8)
     assert near(slide_part(picture, 250, 298), PINK, 8)
 
 
@@ -158,9 +158,9 @@ def test_density_does_not_fade_at_the_border_of_the_tissue():
 
 
 def test_points_outside_the_slide_are_left_out():
-    image, grid, tissue = scene()
+    image, grid, tissue = scene(tissue=(0, 0, 400, 300))
     points = lattice(800, 640, 5600, 4160, 20)
-    more = np.concatenate([points, [[-50.0, 100.0], [1e7, 1e7], [100.0, 4800.0]]])
+    more = np.concatenate([points, [[-50.0, 100.0]] * 50, [[1e7, 1e7], [100.0, 4800.0]]])
     counts = {"nucleus": 5}
     assert np.array_equal(
         preview(image, grid, tissue, points=points, counts=counts),
@@ -194,6 +194,21 @@ def test_words_and_numbers_are_those_given():
     ):
         assert other.shape == base.shape
         assert not np.array_equal(other, base)
+
+
+def test_the_density_map_is_titled_and_scaled():
+    image, grid, tissue = scene()
+    few, many = lattice(800, 640, 5600, 4160, 80), lattice(800, 640, 5600, 4160, 25)
+    pictures = [
+        preview(image, grid, tissue, points=points, counts=counts)[:, -GUTTER_PX - PANEL_PX :]
+        for points, counts in ((few, {"a": 1}), (few, {"b": 1}), (many, {"a": 1}))
+    ]
+    title = slice(HEADER_PX + 32 * 2 + 52, HEADER_PX + 32 * 2 + 52 + 34)
+    assert not np.array_equal(pictures[0][title], pictures[1][title])
+    assert np.array_equal(pictures[0][title], pictures[2][title])
+    below = slice(HEADER_PX + 32 * 2 + 52 + 36 + 345 + 18 + 20, None)
+    assert np.array_equal(pictures[0][below], pictures[1][below])
+    assert not np.array_equal(pictures[0][below], pictures[2][below])
 
 
 @pytest.mark.parametrize(

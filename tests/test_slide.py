@@ -275,9 +275,14 @@ def test_a_slide_of_which_nothing_decodes_is_refused(tmp_path, level):
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("downsamples", [(1,), (1, 4)])
 @pytest.mark.parametrize("bigtiff", [False, True])
-def test_a_truncated_file_is_refused(tmp_path, share, bigtiff, capfd):
-    path = write_slide(tmp_path / "a.svs", IMAGE, "deflate", bigtiff=bigtiff)
+def test_a_truncated_file_is_refused(tmp_path, share, bigtiff, downsamples, capfd):
+    # with one level, other readers would take what is left of it without a word
+    image = np.tile(IMAGE, (4, 4, 1)) if len(downsamples) == 1 else IMAGE
+    path = write_slide(
+        tmp_path / "a.svs", image, "deflate", bigtiff=bigtiff, downsamples=downsamples
+    )
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(SlideError, match=r"a\.svs.*damaged") as caught:

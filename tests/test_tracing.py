@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import shapely
@@ -30,7 +32,7 @@ def drawn(mask, grid=GRID):
 def polygons(outlines, grid=GRID):
     offsets, data = outlines.wkb(grid)
     text = data.tobytes()
-    return [shapely.from_wkb(text[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [shapely.from_wkb(text[a:b]) for a, b in pairwise(offsets)]
 
 
 @settings(max_examples=60)

@@ -285,9 +285,8 @@ def _holes_to_fill(
     bad = runs.overlaps(starts, stops)
     if parent is not None:
         own = owners[label[:, 0]]
-        bad |= parent.runs.at(x0, y) != own
         bad |= parent.runs.at(x1 - 1, y) != own
-        # One maximal run from end to end: no gap in between.
+        # And one run of the parent from end to end.
         index = np.searchsorted(parent.runs.starts, starts, side="right")
         bad |= index != np.searchsorted(parent.runs.starts, stops - 1, side="right")
     area = np.bincount(component, weights=x1 - x0, minlength=count)

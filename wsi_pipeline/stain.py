@@ -12,7 +12,7 @@ types, cannot part nuclei that touch, and is no substitute for a trained network
                   |                +-> solid, without white gaps?  = wall -+
                   +-> unstained?  = space ---- rays in 8 directions -------+-> lumen, gland
 
-Every step is local: no output depends on input farther than 224 pixels (112 micrometres).
+Every step is local: no output depends on input farther than 240 pixels (120 micrometres).
 Lengths are meant for 0.5 micrometres a pixel.
 """
 
@@ -72,6 +72,8 @@ RAYS_MET = 6.0
 """Of eight rays, those that meet the wall from inside a gland."""
 EPITHELIUM_PX = 14
 """Coarse pixels: the epithelium is no thicker than this around its lumen."""
+GLAND_RIM = 4
+"""Half width of a gland's contour in micrometres: bridges up to twice this wide break."""
 DIRECTIONS = ((1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1))
 
 
@@ -95,6 +97,8 @@ class StainBaseline(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
         """Return the logarithms of the probabilities of background, inner and contour."""
+        if any(side % 16 for side in x_BCHW.shape[2:]):
+            raise ValueError(f"height and width must be multiples of 16, not {x_BCHW.shape}")
         stains_BCHW = self._stains(x_BCHW)
         logits = {}
         if "nuclei" in self.names:
@@ -103,7 +107,9 @@ class StainBaseline(nn.Module):
         if "gland" in self.names or "lumen" in self.names:
             lumen, gland = _glands(functional.avg_pool2d(stains_BCHW, COARSE_PX))
             gland = _enlarge(gland, 2)
-            logits["gland"] = _logits(_repeat(_erode, gland, 2), _repeat(_dilate, gland, 2))
+            logits["gland"] = _logits(
+                _repeat(_erode, gland, GLAND_RIM), _repeat(_dilate, gland, GLAND_RIM)
+            )
             lumen = _enlarge(lumen, 2)
             logits["lumen"] = _logits(lumen, _dilate(lumen))
         return {name: logits[name] for name in self.names}
@@ -178,8 +184,7 @@ def _glands(stains_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     inside = (met - RAYS_MET + 0.5).clamp(0, 1) * (1 - wall)
     lumen = _box(_repeat(_dilate, _repeat(_erode, torch.minimum(space, inside), 2), 2))
     near = (_repeat(_dilate_by_two, lumen, EPITHELIUM_PX // 2) > 0.5).to(h.dtype)
-    epithelium = torch.maximum(wall, (met - RAYS_MET + 1.5).clamp(0, 1))
-    return lumen, torch.maximum(_box(near * epithelium), lumen)
+    return lumen, torch.maximum(_box(near * torch.maximum(wall, inside)), lumen)
 
 
 def _first_met(value: Tensor, free: Tensor, way: tuple[int, int]) -> Tensor:
