@@ -27,7 +27,7 @@ from skimage.segmentation import watershed
 
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.instances import extract_objects
-from wsi_pipeline.regions import element_offsets
+from wsi_pipeline.instances.regions import element_offsets
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.table import ObjectWriter, read_objects
 

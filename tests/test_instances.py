@@ -18,11 +18,11 @@ from object_maps import (
 from scipy import ndimage as ndi
 from test_kernels import plain_growth
 
-from wsi_pipeline import instances
 from wsi_pipeline.errors import Interrupted, ModelBundleError
 from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.instances import extract as instances
 from wsi_pipeline.instances import extract_objects, outline_polygons
-from wsi_pipeline.regions import element_offsets
+from wsi_pipeline.instances.regions import element_offsets
 from wsi_pipeline.spec import AnchorRules, HeadSpec, RunRules
 from wsi_pipeline.table import OBJECT_SCHEMA
 

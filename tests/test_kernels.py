@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage as ndi
 
-from wsi_pipeline import kernels
+from wsi_pipeline.instances import kernels
 
 settings.register_profile("compiled", deadline=None)  # the first call compiles
 settings.load_profile("compiled")

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from wsi_pipeline.errors import Interrupted
-from wsi_pipeline.parallel import ordered_map
+from wsi_pipeline.instances.parallel import ordered_map
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy import ndimage as ndi
 
 from wsi_pipeline.geometry import Box
-from wsi_pipeline.runs import Runs
+from wsi_pipeline.instances.runs import Runs
 
 settings.register_profile("compiled", deadline=None)  # the first call compiles
 settings.load_profile("compiled")

@@ -344,6 +344,15 @@ def test_window_takes_the_mask_pixel_at_each_centre(tissue, look):
     assert tissue.touches(grid, box) or not seen.any()
 
 
+def test_a_window_beyond_the_mask_is_no_tissue():
+    mask = np.ones((3, 4), bool)
+    grid = PixelGrid(origin=(0.0, 0.0), spacing=(5.0, 5.0), size=(4, 3))
+    seen = TissueMask(mask=mask, grid=grid, source="file").window(
+        grid, Box(x=-2, y=-1, width=9, height=6)
+    )
+    assert np.array_equal(seen, np.pad(mask, ((1, 2), (2, 3))))
+
+
 @given(masks(), st.floats(0.05, 5), st.floats(0.05, 5))
 def test_area_is_a_plain_count(tissue, mpp_x, mpp_y):
     count = sum(bool(value) for value in tissue.mask.flat)

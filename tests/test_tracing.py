@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy import ndimage as ndi
 
 from wsi_pipeline.geometry import PixelGrid
-from wsi_pipeline.kernels import describe, find_runs, label_runs
-from wsi_pipeline.runs import Runs
-from wsi_pipeline.tracing import MEASURES, Outlines, trace_labels, trace_runs
+from wsi_pipeline.instances.kernels import describe, find_runs, label_runs
+from wsi_pipeline.instances.runs import Runs
+from wsi_pipeline.instances.tracing import MEASURES, Outlines, trace_labels, trace_runs
 
 settings.register_profile("compiled", deadline=None)  # the first call compiles
 settings.load_profile("compiled")

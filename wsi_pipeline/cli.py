@@ -11,11 +11,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -28,27 +28,18 @@ if TYPE_CHECKING:
 __all__ = ["main_run", "main_wsi", "run", "wsi"]
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_CTRL_C = 1, 2, 75, 130
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _AutoInt(click.ParamType):
-    """A positive number, or ``auto``."""
-
-    name = "N|auto"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> object:
-        """Return ``auto`` or the number."""
-        if value == "auto":
-            return value
-        try:
-            number = int(str(value))
-        except ValueError:
-            number = 0
-        if number < 1:
-            self.fail(f"{value!r} is neither a positive whole number nor 'auto'", param, ctx)
-        return number
+def _auto_or_number(
+    _context: click.Context, parameter: click.Parameter, value: str
+) -> int | Literal["auto"]:
+    """Check an option that takes a positive whole number or ``auto``."""
+    if value == "auto":
+        return "auto"
+    if not value.isdecimal() or int(value) < 1:
+        message = f"{value!r} is neither a positive whole number nor 'auto'"
+        raise click.BadParameter(message, param=parameter)
+    return int(value)
 
 
 @contextmanager
@@ -94,21 +85,24 @@ def wsi() -> None:
     "--batch-size",
     default="auto",
     show_default=True,
-    type=_AutoInt(),
+    metavar="N|auto",
+    callback=_auto_or_number,
     help="Tiles that the network sees at a time.",
 )
 @click.option(
     "--tile-size",
     default="auto",
     show_default=True,
-    type=_AutoInt(),
+    metavar="N|auto",
+    callback=_auto_or_number,
     help="Side of a tile in pixels of the model's mpp, a multiple of 16.",
 )
 @click.option(
     "--workers",
     default="auto",
     show_default=True,
-    type=_AutoInt(),
+    metavar="N|auto",
+    callback=_auto_or_number,
     help="Threads that read the slide, and that extract objects.",
 )
 @click.option(

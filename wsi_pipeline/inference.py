@@ -116,8 +116,8 @@ class TorchPredictor:
             device: ``auto`` (cuda, else mps, else cpu), ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
             precision: ``auto``, ``fp32``, ``bf16``, ``fp16``. Auto: bf16 on CUDA, and on CPUs
                 that have bf16 instructions, for networks of convolutions; else fp32.
-            tile_size: side of a write box in pixels, multiple of 16. Auto: 2048; 1024 for
-                networks of convolutions without CUDA.
+            tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA,
+                else 1024.
             batch_size: tiles a pass. Auto: by the memory of a CUDA device, else 1.
             workers: threads that decode the slide.
 
@@ -130,7 +130,7 @@ class TorchPredictor:
         half = bundle.spec.architecture == "cerberus"
         precision = choose_precision(precision, device, half_pays=half)
         cuda = device.startswith("cuda")
-        tile_px = _positive("tile size", tile_size, auto=1024 if half and not cuda else 2048)
+        tile_px = _positive("tile size", tile_size, auto=2048 if cuda else 1024)
         strides = [head.stride for head in bundle.spec.heads]
         if tile_px % 16 or any(tile_px % stride for stride in strides):
             msg = f"tile size {tile_px} must be a multiple of 16 and of the strides {strides}"

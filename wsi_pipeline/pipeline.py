@@ -32,7 +32,7 @@ from wsi_pipeline.preview import draw_preview, write_preview
 from wsi_pipeline.slide import PixelSize, Slide
 from wsi_pipeline.spec import AnchorRules, ModelSpec
 from wsi_pipeline.store import PredictionBlock, PredictionStore
-from wsi_pipeline.table import ObjectWriter, read_objects, write_tissue
+from wsi_pipeline.table import ObjectWriter, read_centroids, read_objects, write_tissue
 from wsi_pipeline.tiling import TileGrid
 from wsi_pipeline.tissue import TissueMask, detect_tissue, read_mask
 
@@ -336,8 +336,7 @@ def _write_preview(attempt: Attempt, predicted: Predicted) -> None:
     large = [h.object_kind for h in heads if h.object_kind and h.object_kind != small]
     points = np.zeros((0, 2))
     if small is not None:
-        table = read_objects(job.objects_path, kind=small, columns=["centroid_x", "centroid_y"])
-        points = np.asarray(table[["centroid_x", "centroid_y"]], np.float64)
+        points = read_centroids(job.objects_path, kind=small)
     image = draw_preview(
         predicted.thumbnail,
         predicted.thumbnail_grid,

@@ -9,7 +9,6 @@ depends on when or in which portions it was written.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +22,17 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import shapely
+from numpy.typing import NDArray
 
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import TableError
+from wsi_pipeline.geoparquet import SIDES, geo_metadata, pixel_crs
 
 __all__ = [
     "OBJECT_SCHEMA",
     "TISSUE_SCHEMA",
     "ObjectWriter",
+    "read_centroids",
     "read_metadata",
     "read_objects",
     "write_tissue",
@@ -39,8 +41,7 @@ __all__ = [
 ROW_GROUP_ROWS = 16384
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
-_SIDES = ("xmin", "ymin", "xmax", "ymax")
-_BBOX = pa.struct([pa.field(side, pa.float64(), nullable=False) for side in _SIDES])
+_BBOX = pa.struct([pa.field(side, pa.float64(), nullable=False) for side in SIDES])
 
 OBJECT_SCHEMA = pa.schema(
     [
@@ -107,7 +108,7 @@ class ObjectWriter:
         self._path = Path(path)
         self._metadata = metadata
         self._pixel_size = pixel_size
-        self._crs = _pixel_crs(pixel_size)
+        self._crs = pixel_crs(pixel_size)
         self._schema = schema
         self._held: list[pa.Table] = []
         self._held_rows = 0
@@ -186,8 +187,8 @@ class ObjectWriter:
         for entry in pc.value_counts(table["kind"].cast(pa.string())).to_pylist():
             self._counts[entry["values"]] += entry["counts"]
         box = table["bbox"].combine_chunks()
-        low = [pc.min(box.field(side)).as_py() for side in _SIDES[:2]]
-        high = [pc.max(box.field(side)).as_py() for side in _SIDES[2:]]
+        low = [pc.min(box.field(side)).as_py() for side in SIDES[:2]]
+        high = [pc.max(box.field(side)).as_py() for side in SIDES[2:]]
         if self._extent is not None:
             low = [min(pair) for pair in zip(low, self._extent[:2], strict=True)]
             high = [max(pair) for pair in zip(high, self._extent[2:], strict=True)]
@@ -197,7 +198,7 @@ class ObjectWriter:
         x, y = self._pixel_size
         own = {**self._metadata, "pixel_size_um": {"x": x, "y": y}}
         return {
-            "geo": json.dumps(_geo_metadata(self._crs, self._extent)),
+            "geo": json.dumps(geo_metadata(self._crs, self._extent)),
             "wsi_pipeline": json.dumps(own, sort_keys=True),
         }
 
@@ -284,6 +285,25 @@ def read_objects(
     return gpd.GeoDataFrame(frame, geometry=geometry, crs=crs)[names]
 
 
+def read_centroids(path: Path, *, kind: str) -> NDArray[np.float64]:
+    """Read where the objects of one kind are, a row group at a time and no geometry.
+
+    Args:
+        path: an objects table.
+        kind: which objects.
+
+    Returns:
+        ``(N, 2)`` level-0 pixels.
+    """
+    parts = [np.zeros((0, 2))]
+    names = ["centroid_x", "centroid_y"]
+    for batch in ds.dataset(str(path), format="parquet").to_batches(
+        columns=names, filter=_filter(kind, None)
+    ):
+        parts.append(np.stack([batch.column(name).to_numpy() for name in names], axis=1))
+    return np.concatenate(parts)
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Return what the key ``wsi_pipeline`` of a table says.
 
@@ -325,49 +345,3 @@ def _read_key(path: Path, key: bytes) -> dict[str, Any]:
         msg = f"{path} is no table of this package (looked for {key.decode()!r}): {error!r}"
         raise TableError(msg) from error
     return value
-
-
-def _geo_metadata(crs: Mapping[str, Any], extent: Sequence[float] | None) -> dict[str, Any]:
-    """Return the ``geo`` metadata of GeoParquet 1.1.0."""
-    column: dict[str, Any] = {
-        "encoding": "WKB",
-        "geometry_types": ["Polygon"] if extent is not None else [],
-        "crs": crs,
-        "orientation": "counterclockwise",
-        "edges": "planar",
-        "covering": {"bbox": {side: ["bbox", side] for side in _SIDES}},
-    }
-    if extent is not None:
-        column["bbox"] = list(extent)
-    return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
-
-
-def _pixel_crs(pixel_size: tuple[float, float]) -> dict[str, Any]:
-    """Return the level-0 frame as an engineering CRS in PROJJSON, pixel size in metres."""
-
-    def axis(name: str, direction: str, mpp: float) -> dict[str, Any]:
-        unit = {"type": "LinearUnit", "name": "pixel", "conversion_factor": _metres(mpp)}
-        return {
-            "name": name,
-            "abbreviation": name.lower(),
-            "direction": direction,
-            "unit": unit,
-        }
-
-    return {
-        "$schema": "https://proj.org/schemas/v0.7/projjson.schema.json",
-        "type": "EngineeringCRS",
-        "name": "Slide level-0 pixels",
-        "datum": {"type": "EngineeringDatum", "name": "Slide level-0 top-left corner"},
-        "coordinate_system": {
-            "subtype": "Cartesian",
-            "axis": [axis("X", "east", pixel_size[0]), axis("Y", "south", pixel_size[1])],
-        },
-    }
-
-
-def _metres(mpp: float) -> float:
-    if not (math.isfinite(mpp) and mpp > 0):
-        msg = f"the pixel size must be positive and finite, not {mpp}"
-        raise ValueError(msg)
-    return mpp * 1e-6

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wsi_pipeline.geometry import Box
-from wsi_pipeline.kernels import Ints, describe, find_runs, label_runs, overlap_runs
+from wsi_pipeline.instances.kernels import Ints, describe, find_runs, label_runs, overlap_runs
 
 __all__ = ["Runs"]
 
@@ -116,7 +116,7 @@ class Runs:
         return found
 
     def describe(self, labels: Ints, count: int) -> Ints:
-        """Measure components, see :func:`wsi_pipeline.kernels.describe`."""
+        """Measure components, see :func:`wsi_pipeline.instances.kernels.describe`."""
         y, x0, x1 = self.places
         return describe(y, x0, x1, labels, count)
 

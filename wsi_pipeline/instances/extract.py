@@ -1,7 +1,7 @@
 """Maps to objects: the rows of the table, in their final order, as a stream.
 
-Heads with anchor rules go through :mod:`wsi_pipeline.anchors`, heads with run rules
-through :mod:`wsi_pipeline.regions`; neither result depends on the window, the halo or
+Heads with anchor rules go through :mod:`wsi_pipeline.instances.anchors`, heads with run rules
+through :mod:`wsi_pipeline.instances.regions`; neither result depends on the window, the halo or
 the number of threads, and the order of rows is a function of the objects alone:
 
     head (as the model lists them), panel (column of 8192 px), cell (2048 px; row by
@@ -19,17 +19,17 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from wsi_pipeline.anchors import AnchorFinder
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.heads import HeadMaps, MapStore, Objects
-from wsi_pipeline.kernels import Ints
-from wsi_pipeline.parallel import ordered_map
-from wsi_pipeline.regions import Regions, find_regions, lay_tiles
-from wsi_pipeline.rows import ID_BITS, RowMaker
-from wsi_pipeline.runs import Runs
+from wsi_pipeline.instances.anchors import AnchorFinder
+from wsi_pipeline.instances.heads import HeadMaps, MapStore, Objects
+from wsi_pipeline.instances.kernels import Ints
+from wsi_pipeline.instances.parallel import ordered_map
+from wsi_pipeline.instances.regions import Regions, find_regions, lay_tiles
+from wsi_pipeline.instances.rows import ID_BITS, RowMaker
+from wsi_pipeline.instances.runs import Runs
+from wsi_pipeline.instances.tracing import trace_runs
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
-from wsi_pipeline.tracing import trace_runs
 
 __all__ = ["Extraction", "extract_objects", "outline_polygons"]
 

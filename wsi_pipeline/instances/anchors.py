@@ -31,8 +31,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from wsi_pipeline.geometry import Box
-from wsi_pipeline.heads import HeadMaps, Objects, above
-from wsi_pipeline.kernels import (
+from wsi_pipeline.instances.heads import HeadMaps, Objects, above
+from wsi_pipeline.instances.kernels import (
     Ints,
     cores_and_ground,
     describe,
@@ -42,9 +42,9 @@ from wsi_pipeline.kernels import (
     paint,
     tally,
 )
-from wsi_pipeline.runs import Runs
+from wsi_pipeline.instances.runs import Runs
+from wsi_pipeline.instances.tracing import trace_labels
 from wsi_pipeline.spec import AnchorRules
-from wsi_pipeline.tracing import trace_labels
 
 __all__ = ["AnchorFinder"]
 

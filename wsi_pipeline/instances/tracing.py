@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wsi_pipeline.geometry import PixelGrid
-from wsi_pipeline.kernels import Ints, compiled
+from wsi_pipeline.instances.kernels import Ints, compiled
 
 __all__ = ["MEASURES", "Outlines", "trace_labels", "trace_runs"]
 

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.kernels import Ints
+from wsi_pipeline.instances.kernels import Ints
+from wsi_pipeline.instances.tracing import Outlines
 from wsi_pipeline.spec import HeadSpec, ModelSpec
-from wsi_pipeline.tracing import Outlines
 
 __all__ = ["HeadMaps", "MapStore", "Objects", "above"]
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from wsi_pipeline.heads import HeadMaps, MapStore, Objects
-from wsi_pipeline.kernels import Ints
-from wsi_pipeline.regions import Regions
+from wsi_pipeline.instances.heads import HeadMaps, MapStore, Objects
+from wsi_pipeline.instances.kernels import Ints
+from wsi_pipeline.instances.regions import Regions
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.table import OBJECT_SCHEMA
 

@@ -20,12 +20,12 @@ from functools import partial
 import numpy as np
 
 from wsi_pipeline.geometry import Box
-from wsi_pipeline.heads import HeadMaps, Objects, above
-from wsi_pipeline.kernels import Ints, find_runs, grow, label_runs, paint, tally
-from wsi_pipeline.parallel import ordered_map
-from wsi_pipeline.runs import Runs
+from wsi_pipeline.instances.heads import HeadMaps, Objects, above
+from wsi_pipeline.instances.kernels import Ints, find_runs, grow, label_runs, paint, tally
+from wsi_pipeline.instances.parallel import ordered_map
+from wsi_pipeline.instances.runs import Runs
+from wsi_pipeline.instances.tracing import trace_runs
 from wsi_pipeline.spec import RunRules
-from wsi_pipeline.tracing import trace_runs
 
 __all__ = ["Regions", "element_offsets", "find_regions", "lay_tiles"]
 
