@@ -40,6 +40,8 @@ __all__ = ["Predicted", "Predictor", "polygonize", "predict"]
 
 TISSUE_MPP = 8.0
 """Pixel size of the thumbnail on which tissue is found, in micrometres."""
+PREVIEW_PX = 1600
+"""Long side of the picture in the preview."""
 WRITES_PENDING = 2
 """Blocks that may wait for the disk before the network has to wait too."""
 
@@ -74,9 +76,9 @@ class Predicted:
     """The maps."""
     tissue: TissueMask
     """Where the tissue is."""
-    thumbnail: NDArray[np.uint8]
-    """(H, W, 3) picture of the slide."""
-    thumbnail_grid: PixelGrid
+    picture: NDArray[np.uint8]
+    """(H, W, 3) the whole slide, for the preview."""
+    picture_grid: PixelGrid
     """Where its pixels lie."""
     size: tuple[int, int]
     """Width and height of level 0."""
@@ -104,22 +106,23 @@ def predict(
         size = slide.pixel_size
         report.mpp = {"x": size.x, "y": size.y, "source": size.source}
         with attempt.stage("tissue"):
-            thumbnail, thumbnail_grid = slide.thumbnail(TISSUE_MPP)
             if job.mask is not None:
                 tissue = read_mask(job.mask, slide.size)
             else:
-                tissue = detect_tissue(thumbnail, thumbnail_grid, (size.x, size.y))
+                tissue = detect_tissue(*slide.thumbnail(TISSUE_MPP), (size.x, size.y))
             report.tissue_mm2 = round(tissue.area_mm2((size.x, size.y)), 6)
             if report.tissue_mm2 == 0:
                 attempt.warn("no_tissue", "no tissue was found; the tables are empty")
         with attempt.stage("predict"):
             store = _fill_store(attempt, slide, tissue, predictor, stop, advance)
         _report_holes(attempt, store)
+        extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
+        picture, picture_grid = slide.thumbnail(max(extent_um / PREVIEW_PX, size.x, size.y))
         return Predicted(
             store=store,
             tissue=tissue,
-            thumbnail=thumbnail,
-            thumbnail_grid=thumbnail_grid,
+            picture=picture,
+            picture_grid=picture_grid,
             size=slide.size,
             pixel_size=size,
         )
@@ -338,8 +341,8 @@ def _write_preview(attempt: Attempt, predicted: Predicted) -> None:
     if small is not None:
         points = read_centroids(job.objects_path, kind=small)
     image = draw_preview(
-        predicted.thumbnail,
-        predicted.thumbnail_grid,
+        predicted.picture,
+        predicted.picture_grid,
         tissue=predicted.tissue,
         polygons={kind: _rings(job.objects_path, kind) for kind in large},
         points=points,

@@ -35,11 +35,11 @@ class LineWatcher:
     """One line an event, as text or JSON: for logs and array jobs."""
 
     def __init__(
-        self, total: int, *, json_lines: bool = False, stream: TextIO = sys.stderr
+        self, total: int, *, json_lines: bool = False, stream: TextIO | None = None
     ) -> None:
         self._total = total
         self._json = json_lines
-        self._stream = stream
+        self._stream = stream or sys.stderr
         self._ended = 0
         self._begun = time.monotonic()
         self._last_line = 0.0
