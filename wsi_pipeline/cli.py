@@ -23,6 +23,7 @@ from wsi_pipeline.errors import WsiPipelineError
 
 if TYPE_CHECKING:
     from wsi_pipeline.api import Plan
+    from wsi_pipeline.job import RunReport
     from wsi_pipeline.progress import BarWatcher, LineWatcher
 
 __all__ = ["main_run", "main_wsi", "run", "wsi"]
@@ -194,11 +195,7 @@ def run(
             finally:
                 watcher.close()
     if log_format == "text":
-        from rich.console import Console
-
-        from wsi_pipeline.progress import final_table
-
-        Console(stderr=True).print(final_table(reports))
+        _print_end(reports)
     if caught:
         raise SystemExit(EXIT_CTRL_C if signal.SIGINT in caught else EXIT_INTERRUPTED)
     if any(not report.done for report in reports):
@@ -337,6 +334,18 @@ def _watcher(total: int, *, bars: bool | None, json_lines: bool) -> BarWatcher |
     if bars or (bars is None and console.is_terminal and not json_lines):
         return BarWatcher(total, console)
     return LineWatcher(total, json_lines=json_lines)
+
+
+def _print_end(reports: Sequence[RunReport]) -> None:
+    from rich.console import Console
+
+    from wsi_pipeline.progress import final_table
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        # A log has no edge to fold at.
+        console = Console(stderr=True, width=200)
+    console.print(final_table(reports), soft_wrap=not console.is_terminal)
 
 
 def _list_plan(plan: Plan, shard: str | None) -> None:
