@@ -282,7 +282,7 @@ def test_every_command_is_in_the_readme():
 @pytest.mark.real
 @needs_data
 def test_real_slides_end_as_they_should(tmp_path):
-    """Small real slides whole; the large ones are run by hand (benchmarks/real_slides.py)."""
+    """Small real slides whole; of the large one only that it is refused."""
     broken = sorted((DATA / "slides_broken").iterdir())
     small = [
         DATA / "slides" / n
