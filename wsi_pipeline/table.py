@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +21,6 @@ import geopandas as gpd
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
@@ -269,15 +270,15 @@ def read_objects(
     if not files:
         raise TableError(f"{path} holds no .parquet file")
     systems = [_read_geo(file)["columns"]["geometry"]["crs"] for file in files]
-    data = ds.dataset([str(file) for file in files], format="parquet")
-    names = [name for name in data.schema.names if name != "bbox"]
+    known = pq.read_schema(files[0]).names
+    names = [name for name in known if name != "bbox"]
     if columns is not None:
         names = list(dict.fromkeys([*columns, "geometry"]))
-        unknown = sorted(set(names) - set(data.schema.names))
+        unknown = sorted(set(names) - set(known))
         if unknown:
-            msg = f"{path} has no columns {unknown}; it has {data.schema.names}"
-            raise TableError(msg)
-    table = data.to_table(columns=names, filter=_filter(kind, bbox))
+            raise TableError(f"{path} has no columns {unknown}; it has {known}")
+    parts = [part for file in files for part in _read_groups(file, names, kind, bbox)]
+    table = pa.concat_tables(parts).unify_dictionaries()
     frame = table.drop_columns("geometry").replace_schema_metadata().to_pandas()
     # to_pandas rather than numpy: an empty column must stay an object array.
     geometry = shapely.from_wkb(table["geometry"].to_pandas().to_numpy(object))
@@ -295,12 +296,11 @@ def read_centroids(path: Path, *, kind: str) -> NDArray[np.float64]:
     Returns:
         ``(N, 2)`` level-0 pixels.
     """
-    parts = [np.zeros((0, 2))]
     names = ["centroid_x", "centroid_y"]
-    for batch in ds.dataset(str(path), format="parquet").to_batches(
-        columns=names, filter=_filter(kind, None)
-    ):
-        parts.append(np.stack([batch.column(name).to_numpy() for name in names], axis=1))
+    parts = [
+        np.stack([part.column(name).to_numpy() for name in names], axis=1)
+        for part in _read_groups(path, names, kind, None)
+    ]
     return np.concatenate(parts)
 
 
@@ -311,6 +311,48 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         TableError: no such file, or not a table of this package.
     """
     return _read_key(Path(path), b"wsi_pipeline")
+
+
+def _read_groups(
+    path: Path,
+    names: list[str],
+    kind: str | None,
+    bbox: tuple[float, float, float, float] | None,
+) -> Iterator[pa.Table]:
+    """Yield the wanted rows of a file, one row group at a time; groups without any are not read.
+
+    The first part is always empty: it carries the schema.
+    """
+    condition = _filter(kind, bbox)
+    tested = ["kind"] * (kind is not None) + ["bbox"] * (bbox is not None)
+    with pq.ParquetFile(path) as file:
+        yield file.schema_arrow.empty_table().select(names)
+        for number in range(file.num_row_groups):
+            if not _may_match(file.metadata.row_group(number), kind, bbox):
+                continue
+            part = file.read_row_group(number, columns=[*names, *tested])
+            yield (part if condition is None else part.filter(condition)).select(names)
+
+
+def _may_match(
+    group: pq.RowGroupMetaData,
+    kind: str | None,
+    bbox: tuple[float, float, float, float] | None,
+) -> bool:
+    """Tell from the statistics of a row group whether a wanted row may be in it."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    span = {
+        column.path_in_schema: (column.statistics.min, column.statistics.max)
+        for column in columns
+        if column.statistics is not None and column.statistics.has_min_max
+    }
+    if kind is not None and "kind" in span and not span["kind"][0] <= kind <= span["kind"][1]:
+        return False
+    if bbox is None or not all(f"bbox.{side}" in span for side in SIDES):
+        return True
+    x0, y0, x1, y1 = bbox
+    left, top, right, bottom = (span[f"bbox.{side}"] for side in SIDES)
+    return bool(left[0] <= x1 and right[1] >= x0 and top[0] <= y1 and bottom[1] >= y0)
 
 
 def _filter(
@@ -327,10 +369,7 @@ def _filter(
             pc.field("bbox", "ymin") <= y1,
             pc.field("bbox", "ymax") >= y0,
         ]
-    result = None
-    for condition in conditions:
-        result = condition if result is None else result & condition
-    return result
+    return reduce(and_, conditions) if conditions else None
 
 
 def _read_geo(path: Path) -> dict[str, Any]:
