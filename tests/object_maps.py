@@ -102,6 +102,13 @@ def half(prob):
     )
 
 
+def one_hot(ids: np.ndarray) -> np.ndarray:
+    """Certain probabilities of the three tissue classes."""
+    prob = np.stack([255 * (ids == value).astype(np.uint8) for value in range(3)])
+    prob[:, :3] = 0  # as where nothing was predicted
+    return prob
+
+
 def tissue_like(seed: int, size: tuple[int, int] = (700, 620)) -> MemoryStore:
     """A believable slide: nuclei with types, glands with holes and lumina, tissue."""
     rng = np.random.default_rng(seed)
@@ -126,6 +133,7 @@ def tissue_like(seed: int, size: tuple[int, int] = (700, 620)) -> MemoryStore:
             "gland/prob": gland,
             "lumen/prob": lumen,
             "tissue/class": tissue,
+            "tissue/prob": one_hot(tissue),
         },
     )
 
@@ -160,14 +168,12 @@ def noise(seed: int, size: tuple[int, int] = (150, 130), *, level: float = 0.5) 
         LUMEN,
         TISSUE,
     )
-    return MemoryStore(
-        spec=spec,
-        size=size,
-        arrays={
-            "nuclei/prob": maps((h, w), float(rng.choice([0.004, 0.02, 0.06]))),
-            "type/class": rng.integers(0, 4, (h, w)).astype(np.uint8),
-            "gland/prob": maps(small, 0),
-            "lumen/prob": maps(small, 0),
-            "tissue/class": rng.integers(0, 3, (-(-h // 16), -(-w // 16))).astype(np.uint8),
-        },
-    )
+    arrays = {
+        "nuclei/prob": maps((h, w), float(rng.choice([0.004, 0.02, 0.06]))),
+        "type/class": rng.integers(0, 4, (h, w)).astype(np.uint8),
+        "gland/prob": maps(small, 0),
+        "lumen/prob": maps(small, 0),
+        "tissue/class": rng.integers(0, 3, (-(-h // 16), -(-w // 16))).astype(np.uint8),
+    }
+    arrays["tissue/prob"] = one_hot(arrays["tissue/class"])
+    return MemoryStore(spec=spec, size=size, arrays=arrays)

@@ -84,6 +84,25 @@ def test_two_slides_of_one_id_are_refused(folder):
         collect_slides([str(folder)])
 
 
+def test_a_slide_named_twice_keeps_what_is_said_of_it(folder):
+    (folder / "list.csv").write_text("path,mpp\nb.svs,0.3\n")
+    entries = collect_slides([str(folder), str(folder / "list.csv")])
+    assert [e.mpp for e in entries] == [None, 0.3, None]
+    (folder / "other.csv").write_text("path,mpp\nb.svs,0.4\n")
+    with pytest.raises(JobError, match="different mpp"):
+        collect_slides([str(folder / "list.csv"), str(folder / "other.csv")])
+    os.symlink(folder / "b.svs", folder / "same.svs")
+    relative = os.path.relpath(folder / "b.svs")
+    assert len(collect_slides([relative, str(folder / "b.svs")])) == 1
+
+
+@pytest.mark.parametrize("name", ["_a.svs", ".a.svs"])
+def test_names_that_table_readers_pass_over_are_refused(folder, name):
+    (folder / name).touch()
+    with pytest.raises(JobError, match="another slide_id"):
+        collect_slides([str(folder / name)])
+
+
 def test_masks_are_found_or_missed_aloud(folder):
     masks = folder / "masks"
     masks.mkdir()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from wsi_pipeline.cli import run, wsi
 from wsi_pipeline.synth import write_slide
+from wsi_pipeline.table import read_metadata
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("WSI_DATA", ROOT.parent / "shared" / "data"))
@@ -157,9 +158,10 @@ def test_every_option_changes_something(slides, finished, tmp_path):
     assert (report(out, "two")["precision"], plain["precision"]) == ("bf16", "fp32")
     out, _ = go("--drop-maps", "--tile-size", "256", "--batch-size", "2", "--workers", "1")
     assert not (out / "maps" / "two.zarr").exists()
-    tile_px = pd.read_parquet(out / "objects" / "two.parquet")
-    assert len(tile_px)
-    assert json.loads((out / "run.json").read_text())["options"]["batch_size"] == 2
+    table = out / "objects" / "two.parquet"
+    assert read_metadata(table)["options"]["tile_px"] == 256
+    options = json.loads((out / "run.json").read_text())["options"]
+    assert (options["batch_size"], options["workers"]) == (2, 1)
     masks = tmp_path / "masks"
     masks.mkdir()
     Image.fromarray(np.kron([[255, 0]], np.ones((90, 50))).astype(np.uint8)).save(masks / "two.png")
@@ -196,16 +198,43 @@ def test_overwrite_retry_and_fail_fast(slides, tmp_path):
     assert report(done, "two")["started"] != first
 
 
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A slide of some tiles, and the files of an undisturbed run of it."""
+    folder = tmp_path_factory.mktemp("big")
+    write_slide(folder / "big.svs", width=3000, height=3000, mpp=0.5, seed=5, truth=False)
+    result = subprocess.run(command(folder), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder / "big.svs", outputs(folder / "out")
+
+
+def command(folder: Path, slide: Path | None = None) -> list[str]:
+    start = [sys.executable, "-c", "from wsi_pipeline.cli import main_run; main_run()"]
+    slide = slide or folder / "big.svs"
+    options = ["--tile-size", "256", "--batch-size", "1", "--no-progress"]
+    return [*start, str(slide), "--out", str(folder / "out"), *options]
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    folders = ("objects", "tissue", "maps", "previews")
+    files = (path for name in folders for path in out.glob(f"{name}/**/*"))
+    return {str(p.relative_to(out)): p.read_bytes() for p in files if p.is_file()}
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 75),
+        (signal.SIGUSR1, 75),
+        (signal.SIGINT, 130),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
 )
-def test_signals_stop_and_the_same_command_goes_on(tmp_path, number, code):
-    slide = tmp_path / "big.svs"
-    write_slide(slide, width=3000, height=3000, mpp=0.5, seed=5, truth=False)
-    command = [sys.executable, "-c", "from wsi_pipeline.cli import main_run; main_run()"]
-    command += [str(slide), "--out", str(tmp_path / "out"), "--tile-size", "256"]
-    command += ["--no-progress", "--batch-size", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_stopped_by_a_signal_the_same_command_goes_on_to_the_same_bytes(
+    big, tmp_path, number, code
+):
+    slide, undisturbed = big
+    process = subprocess.Popen(command(tmp_path, slide), stderr=subprocess.PIPE, text=True)
     chunks = tmp_path / "out" / "maps" / ".big.zarr.partial" / "nuclei" / "prob" / "c"
     deadline = time.monotonic() + 120
     while not chunks.exists() and time.monotonic() < deadline and process.poll() is None:
@@ -214,11 +243,14 @@ def test_signals_stop_and_the_same_command_goes_on(tmp_path, number, code):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
-    assert report(tmp_path / "out", "big")["status"] == "interrupted"
-    assert "interrupted" in invoke(wsi, "status", tmp_path / "out").output
-    again = subprocess.run(command, capture_output=True, text=True)
+    if number != signal.SIGKILL:
+        assert report(tmp_path / "out", "big")["status"] == "interrupted"
+    assert "big\tinterrupted" in invoke(wsi, "status", tmp_path / "out").output
+    again = subprocess.run(command(tmp_path, slide), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert report(tmp_path / "out", "big")["restarts"] == 1
+    assert outputs(tmp_path / "out") == undisturbed
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.endswith(".partial")]
 
 
 def test_info_knows_slides_tables_maps_and_models(slides, finished):

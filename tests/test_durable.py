@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from wsi_pipeline.durable import durable_file, publish_directory, sweep
+from wsi_pipeline.durable import durable_file, publish_directory, remove_tree, sweep
 from wsi_pipeline.errors import DiskFullError
 
 
@@ -47,6 +47,23 @@ def test_directories_replace_each_other_whole(tmp_path):
         publish_directory(beside, tmp_path / "final")
         assert os.listdir(tmp_path / "final") == [text]
     assert os.listdir(tmp_path) == ["final"]
+
+
+def test_a_removal_takes_the_name_first(tmp_path, monkeypatch):
+    folder = tmp_path / "a.zarr"
+    folder.mkdir()
+    (folder / "file").touch()
+
+    def fail(_path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", fail)
+        with pytest.raises(KeyboardInterrupt):
+            remove_tree(folder)
+    assert not folder.exists()
+    sweep(tmp_path, "a")
+    assert os.listdir(tmp_path) == []
 
 
 def test_sweep_takes_only_the_files_of_dead_processes_of_this_host(tmp_path):

@@ -15,7 +15,12 @@ def job(tmp_path):
     slide = tmp_path / "a.svs"
     slide.write_bytes(b"pixels" * 50_000)
     return SlideJob(
-        path=str(slide), slide_id="a", out=tmp_path / "out", model_name="m", model_digest="0"
+        path=str(slide),
+        slide_id="a",
+        out=tmp_path / "out",
+        model_name="m",
+        model_digest="0",
+        keep_maps=False,
     )
 
 
@@ -28,7 +33,7 @@ def test_the_job_id_is_about_content_not_about_places(job, tmp_path):
     moved.mkdir()
     (moved / "a.svs").write_bytes((tmp_path / "a.svs").read_bytes())
     assert changed(job, path=str(moved / "a.svs"), out=moved).job_id == job.job_id
-    assert changed(job, keep_maps=False).job_id == job.job_id
+    assert changed(job, keep_maps=True).job_id == job.job_id
 
 
 def test_the_job_id_changes_with_whatever_changes_results(job, tmp_path):
@@ -41,11 +46,14 @@ def test_the_job_id_changes_with_whatever_changes_results(job, tmp_path):
     mask.write_bytes(b"other")
     ids.add(changed(job, mask=mask).job_id)
     content = (tmp_path / "a.svs").read_bytes()
-    (tmp_path / "a.svs").write_bytes(content[:-1] + b"!")
-    ids.add(changed(job).job_id)
+    for place in (0, 150_000, len(content) - 1):
+        other = bytearray(content)
+        other[place] ^= 255
+        (tmp_path / "a.svs").write_bytes(other)
+        ids.add(changed(job).job_id)
     (tmp_path / "a.svs").unlink()
     ids.add(changed(job).job_id)
-    assert len(ids) == 7
+    assert len(ids) == 9
 
 
 def test_done_needs_report_job_and_files(job):
@@ -120,6 +128,27 @@ def test_a_report_that_cannot_be_written_is_a_failure_not_a_crash(job, monkeypat
     report = record(attempt, lambda: None, last=True)
     assert report.status == "failed"
     assert report.error["code"] == "disk_full"
+
+
+def test_a_torn_log_line_does_not_end_the_count(job):
+    for _ in range(2):
+        record(Attempt(job), lambda: 1 / 0, last=True)
+        with job.log_path.open("a") as file:
+            file.write('{"event": "sta\n')
+    assert Attempt(job).report.restarts == 2
+
+
+def test_maps_count_only_where_they_are_wanted(job):
+    report = record(Attempt(job), lambda: None, last=True)
+    assert finished_report(job) == report
+    assert finished_report(changed(job, keep_maps=True)) is None
+    job.maps_path.mkdir(parents=True)
+    attempt = Attempt(job)
+    record(attempt, lambda: attempt.add_output(job.maps_path), last=True)
+    assert finished_report(changed(job, keep_maps=True)) is not None
+    job.maps_path.rmdir()
+    assert finished_report(changed(job, keep_maps=True)) is None
+    assert finished_report(job) is not None
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(job):

@@ -186,6 +186,25 @@ def large(tmp_path_factory):
     return store.seal()
 
 
+@pytest.mark.parametrize(
+    ("tile_px", "chunk"),
+    [(16, 16), (512, 512), (1024, 1024), (2048, 1024), (1536, 768), (1072, 1072)],
+)
+def test_chunks_are_neither_tiny_nor_huge(tmp_path, tile_px, chunk):
+    store, _ = make(tmp_path / "a.zarr", tile_px=tile_px)
+    assert store._arrays["cells/prob"].chunks[1:] == (chunk, chunk)
+
+
+def test_a_damaged_chunk_is_named(tmp_path):
+    store, tiles = make(tmp_path / "a.zarr")
+    fill(store, tiles)
+    sealed = store.seal()
+    chunk = next(p for p in (sealed.path / "cells" / "prob" / "c").rglob("*") if p.is_file())
+    chunk.write_bytes(b"torn")
+    with pytest.raises(StoreError, match="--overwrite"):
+        sealed.read("cells/prob", sealed.grid.box)
+
+
 @given(
     x=st.integers(-50, 400),
     y=st.integers(-50, 300),

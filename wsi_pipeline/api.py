@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from wsi_pipeline.batch import SlideEntry, collect_slides, freeze_run, parse_shard, take_shard
 from wsi_pipeline.engines import Watcher, run_slides
 from wsi_pipeline.job import RunReport, SlideJob
+from wsi_pipeline.machine import available_cpus
 
 if TYPE_CHECKING:
     from wsi_pipeline.bundle import ModelBundle
@@ -117,7 +118,7 @@ def execute(
         predictor,
         watcher=watcher or _Silent(),
         stop=stop,
-        workers=(os.cpu_count() or 1) if workers == "auto" else workers,
+        workers=available_cpus() if workers == "auto" else workers,
         overwrite=overwrite,
         retry_failed=retry_failed,
         fail_fast=fail_fast,

@@ -67,12 +67,21 @@ def collect_slides(
     if not entries:
         msg = "no slides given; name files, globs, folders, or a .txt or .csv list"
         raise JobError(msg)
+    for entry in entries:
+        if entry.slide_id.startswith((".", "_")):
+            msg = (
+                f"{entry.path}: readers of a folder of tables pass over names that begin with "
+                f"'.' or '_', such as {entry.slide_id!r}; give another slide_id in a CSV list"
+            )
+            raise JobError(msg)
     if mask_dir is not None:
         entries = [_with_mask(entry, mask_dir) for entry in entries]
     by_id: dict[str, SlideEntry] = {}
     for entry in entries:
         other = by_id.setdefault(entry.slide_id, entry)
-        if other.path != entry.path:
+        if _place(other.path) == _place(entry.path):
+            by_id[entry.slide_id] = _merged(other, entry)
+        else:
             msg = (
                 f"two slides have the id {entry.slide_id!r}: {other.path} and {entry.path}. "
                 "Results are named by id: rename one, or give slide_id in a CSV list."
@@ -174,6 +183,24 @@ def read_run(out: Path) -> dict[str, Any] | None:
     return content
 
 
+def _place(path: str) -> str:
+    return path if "://" in path else os.path.realpath(path)
+
+
+def _merged(one: SlideEntry, other: SlideEntry) -> SlideEntry:
+    """Return what two namings of one slide say together.
+
+    Raises:
+        JobError: they contradict each other.
+    """
+    for name in ("mpp", "mask"):
+        said = {getattr(entry, name) for entry in (one, other)} - {None}
+        if len(said) > 1:
+            msg = f"{one.path} is named twice, with different {name}: {sorted(map(str, said))}"
+            raise JobError(msg)
+    return replace(one, mpp=one.mpp or other.mpp, mask=one.mask or other.mask)
+
+
 def _expand(item: str) -> Iterable[SlideEntry]:
     if "://" in item:
         return [_entry(item)]
@@ -224,7 +251,7 @@ def _row(row: Mapping[str, str | None], line: int, source: Path) -> SlideEntry:
         size = float(mpp) if mpp else None
     except ValueError as error:
         raise JobError(f"{source}, line {line}: mpp {mpp!r} is not a number") from error
-    if slide_id and (os.sep in slide_id or slide_id.startswith(".")):
+    if os.sep in slide_id:
         raise JobError(f"{source}, line {line}: {slide_id!r} cannot be the name of a file")
     return replace(
         entry,

@@ -45,10 +45,10 @@ def _auto_or_number(
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Show our own errors as their message, not as a traceback."""
+    """Show our own errors, and those of files and folders, as a message and no traceback."""
     try:
         yield
-    except WsiPipelineError as error:
+    except (WsiPipelineError, OSError, ValueError) as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(EXIT_USAGE) from error
 

@@ -104,16 +104,15 @@ def _describe_slide(name: str, mpp: float | None) -> Iterator[str]:
         yield f"objective  {slide.objective_power or 'not stated'}"
         for level in slide.levels:
             yield f"level {level.index}    {level.size[0]} x {level.size[1]}, " + (
-                f"downsample {_pair(level.downsample)}"
+                f"downsample {level.downsample[0]:.4g}"
             )
 
 
 def _describe_table(path: Path) -> Iterator[str]:
-    from wsi_pipeline.table import read_metadata
+    from wsi_pipeline.table import count_rows, read_metadata
 
     metadata = read_metadata(path)
-    rows = metadata.pop("rows", None)
-    yield f"table      {path.name}" + (f", {rows:,} rows" if rows is not None else "")
+    yield f"table      {path.name}, {count_rows(path):,} rows"
     yield from _tree(metadata)
 
 
@@ -144,7 +143,3 @@ def _describe_bundle(path: Path) -> Iterator[str]:
 def _tree(values: dict[str, Any]) -> Iterable[str]:
     for key, value in values.items():
         yield f"{key:<10} {value if isinstance(value, str) else json.dumps(value)}"
-
-
-def _pair(value: float | tuple[float, float]) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else f"{value[0]:.4g}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from wsi_pipeline.errors import JobError
+from wsi_pipeline.machine import available_cpus
 
 __all__ = ["DTYPES", "auto_batch", "auto_workers", "choose_device", "choose_precision"]
 
@@ -70,7 +70,7 @@ def auto_batch(device: str, read_px: int) -> int:
 
 def auto_workers(device: str) -> int:
     """Return how many threads decode: a CPU that also predicts keeps half of its cores."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = available_cpus()
     return min(8, cpus) if device.startswith("cuda") else max(1, min(4, cpus // 2))
 
 

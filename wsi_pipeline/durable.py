@@ -63,6 +63,7 @@ def sweep(folder: Path, stem: str) -> None:
     """
     if not folder.is_dir():
         return
+    trash = re.compile(rf"\.{re.escape(stem)}\.[^.]+(\.partial)?\.trash\.partial")
     own = re.compile(
         rf"\.{re.escape(stem)}\.[^.]+\.{re.escape(socket.gethostname())}\.(\d+)\.partial"
     )
@@ -70,20 +71,16 @@ def sweep(folder: Path, stem: str) -> None:
         match = own.fullmatch(path.name)
         if match and not psutil.pid_exists(int(match[1])):
             path.unlink(missing_ok=True)
+        elif trash.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
 def publish_directory(beside: Path, path: Path) -> None:
     """Sync a finished directory tree and give it its final name, replacing an older one."""
     with disk_errors(path):
         sync_tree(beside)
-        if path.exists():
-            old = path.with_name(f".{path.name}.old.partial")
-            remove_tree(old)
-            os.replace(path, old)
-            os.replace(beside, path)
-            remove_tree(old)
-        else:
-            os.replace(beside, path)
+        remove_tree(path)
+        os.replace(beside, path)
         _sync(path.parent)
 
 
@@ -96,9 +93,16 @@ def sync_tree(root: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder if it is there."""
+    """Remove a folder if it is there, and what a killed removal of it left.
+
+    It loses its name first: a folder that is half gone must not look like a whole one.
+    """
+    trash = path.with_name(f".{path.name.lstrip('.')}.trash.partial")
+    if trash.exists():
+        shutil.rmtree(trash)
     if path.exists():
-        shutil.rmtree(path)
+        os.replace(path, trash)
+        shutil.rmtree(trash)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from wsi_pipeline.job import (
     finished_report,
     read_report,
     record,
+    refuse,
 )
 from wsi_pipeline.pipeline import Predicted, Predictor, polygonize, predict
 
@@ -108,18 +109,20 @@ class _Run:
 
     def enough(self) -> bool:
         """Whether no further slide is to be begun."""
-        failed = self.fail_fast and any(not report.done for report in self.reports.values())
+        # A copy: the other thread may add a report meanwhile.
+        failed = self.fail_fast and any(not report.done for report in list(self.reports.values()))
         return failed or self.stop()
 
     def first_half(self, job: SlideJob) -> tuple[Attempt, Predicted] | None:
         """Predict a slide; None when it has ended: settled before, failed or interrupted."""
-        settled = None if self.overwrite else _settled(job, retry_failed=self.retry_failed)
-        if settled is not None:
-            self._finish(job, settled, skipped=True)
+        try:
+            attempt = self._begin(job)
+        except OSError as error:
+            # The results folder (or the mask) is of no use; another slide's may be.
+            self._finish(job, refuse(job, error))
             return None
-        self.watcher.start(job)
-        _clear(job, everything=self.overwrite)
-        attempt = Attempt(job)
+        if attempt is None:
+            return None
         result: list[Predicted] = []
 
         def work() -> None:
@@ -131,6 +134,20 @@ class _Run:
             self._finish(job, report)
             return None
         return attempt, result[0]
+
+    def _begin(self, job: SlideJob) -> Attempt | None:
+        finished = finished_report(job)
+        if not self.overwrite:
+            settled = finished or (None if self.retry_failed else _failed_report(job))
+            if settled is not None:
+                if not job.keep_maps:
+                    remove_tree(job.maps_path)
+                self._finish(job, settled, skipped=True)
+                return None
+        self.watcher.start(job)
+        # Only what was finished is thrown away: an interrupted --overwrite goes on.
+        _clear(job, maps=self.overwrite and finished is not None)
+        return Attempt(job)
 
     def second_half(self, job: SlideJob, attempt: Attempt, predicted: Predicted) -> None:
         """Write the tables of a predicted slide."""
@@ -148,23 +165,32 @@ class _Run:
         self.watcher.finish(job, report, skipped=skipped)
 
 
-def _settled(job: SlideJob, *, retry_failed: bool) -> RunReport | None:
-    """Return the report of a slide that needs no work now."""
-    finished = finished_report(job)
-    if finished is not None or retry_failed:
-        return finished
-    before = read_report(job.report_path)
-    same = before is not None and before.job_id == job.job_id and before.status == "failed"
-    return before if same else None
+def _failed_report(job: SlideJob) -> RunReport | None:
+    """Return the report of this very job, if it has failed."""
+    report = read_report(job.report_path)
+    same = report is not None and report.job_id == job.job_id and report.status == "failed"
+    return report if same else None
 
 
-def _clear(job: SlideJob, *, everything: bool) -> None:
-    """Take back the claim, and sweep up after processes that were killed."""
+def _clear(job: SlideJob, *, maps: bool) -> None:
+    """Take back the claim and the tables, and sweep up after processes that were killed.
+
+    Args:
+        job: what is begun.
+        maps: whether finished and half-finished maps go, too.
+    """
     job.report_path.unlink(missing_ok=True)
-    for path in (job.objects_path, job.tissue_path, job.preview_path, job.report_path):
-        sweep(path.parent, job.slide_id)
-        if everything:
-            path.unlink(missing_ok=True)
-    if everything:
+    for path in (job.objects_path, job.tissue_path, job.preview_path):
+        # A table of another pixel size or mask must not outlive its report.
+        path.unlink(missing_ok=True)
+    if maps:
         remove_tree(partial_path(job.maps_path))
         remove_tree(job.maps_path)
+    for path in (
+        job.objects_path,
+        job.tissue_path,
+        job.preview_path,
+        job.maps_path,
+        job.report_path,
+    ):
+        sweep(path.parent, job.slide_id)

@@ -11,9 +11,7 @@ import json
 import logging
 import os
 import platform
-import resource
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from typing import Any, Literal
 
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import DiskFullError, Interrupted, WsiPipelineError
+from wsi_pipeline.machine import peak_rss_mb
 
 __all__ = [
     "STAGES",
@@ -37,6 +36,7 @@ __all__ = [
     "finished_report",
     "read_report",
     "record",
+    "refuse",
     "versions",
 ]
 
@@ -48,7 +48,12 @@ Status = Literal["done", "failed", "interrupted"]
 
 @dataclass(frozen=True, kw_only=True)
 class SlideJob:
-    """One slide, and everything that decides the bytes of its results."""
+    """One slide, and what was asked of it.
+
+    Device, precision and tile size are not part of a job: they change the maps a little,
+    not what was asked, so a slide that is done on one device is done. They are kept in the
+    maps and tables themselves.
+    """
 
     path: str
     """File name or URL of the slide."""
@@ -99,7 +104,7 @@ class SlideJob:
 
     @cached_property
     def job_id(self) -> str:
-        """Name of this job: changes when the slide, the model or an option changes."""
+        """Name of this job: changes when the slide, its mpp or mask, or the model changes."""
         identity = {
             "slide": self.slide_id,
             "content": _fingerprint(self.path),
@@ -163,7 +168,7 @@ class Attempt:
         self.job = job
         self.stage_name = "open"
         self.predicted_px = 0
-        """Pixels of the working grid that this try or an earlier one has predicted."""
+        """Pixels of the working grid that this try has predicted."""
         self.report = RunReport(
             slide_id=job.slide_id,
             path=job.path,
@@ -242,7 +247,7 @@ class Attempt:
         report.seconds = {name: round(value, 3) for name, value in report.seconds.items()}
         stages = {name: report.seconds[name] for name in STAGES}
         report.bottleneck = max(stages, key=lambda name: stages[name])
-        report.peak_rss_mb = round(_peak_rss_mb(), 1)
+        report.peak_rss_mb = round(peak_rss_mb(), 1)
         report.finished = _now()
         try:
             report.write(self.job.report_path)
@@ -282,6 +287,18 @@ def record(attempt: Attempt, work: Callable[[], None], *, last: bool) -> RunRepo
         )
 
 
+def refuse(job: SlideJob, error: Exception) -> RunReport:
+    """Return the report of a slide that could not even be begun; it is not written."""
+    code, message = _explain(error)
+    return RunReport(
+        slide_id=job.slide_id,
+        path=job.path,
+        job_id="",
+        error={"code": code, "stage": "begin", "message": message},
+        seconds=dict.fromkeys((*STAGES, "total"), 0.0),
+    )
+
+
 def read_report(path: Path) -> RunReport | None:
     """Read a report; None where there is none or it is of no use."""
     try:
@@ -293,11 +310,20 @@ def read_report(path: Path) -> RunReport | None:
 
 
 def finished_report(job: SlideJob) -> RunReport | None:
-    """Return the report of a job that is done, or None if there is still work."""
+    """Return the report of a job that is done, or None if there is still work.
+
+    Files must have the size the report lists; of the maps' folder only the presence is
+    checked, because it holds thousands of files.
+    """
     report = read_report(job.report_path)
     if report is None or not report.done or report.job_id != job.job_id:
         return None
+    maps = job.maps_path.relative_to(job.out).as_posix()
+    if job.keep_maps and maps not in report.outputs:
+        return None
     for name, facts in report.outputs.items():
+        if name == maps and not job.keep_maps:
+            continue
         path = job.out / name
         if not path.exists() or (path.is_file() and path.stat().st_size != facts["bytes"]):
             return None
@@ -327,21 +353,23 @@ def _explain(error: Exception) -> tuple[str, str]:
         return error.code, str(error)
     if isinstance(error, MemoryError):
         return "out_of_memory", "the host ran out of memory; use fewer --workers or smaller tiles"
+    if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+        return "out_of_memory", f"the host ran out of memory ({error}); use smaller tiles"
     return "internal", f"{type(error).__name__}: {error}"
 
 
 def _fingerprint(path: str) -> str:
-    """Return a digest of a slide's size, first and last 64 KiB; "missing" where unreadable."""
+    """Return a digest of a slide's size and of samples all over it; "missing" where unreadable."""
     if "://" in path:
         return path
+    block, samples = 1 << 13, 64
     try:
         with Path(path).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            digest = hashlib.sha256(file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            digest.update(file.read(1 << 16))
-            digest.update(str(size).encode())
+            digest = hashlib.sha256(str(size).encode())
+            for number in range(samples):
+                file.seek(max(0, size - block) * number // (samples - 1))
+                digest.update(file.read(block))
     except OSError:
         return "missing"
     return digest.hexdigest()
@@ -350,11 +378,11 @@ def _fingerprint(path: str) -> str:
 def _earlier_starts(job: SlideJob) -> int:
     """Count the tries at this job since it was last done."""
     try:
-        lines = [json.loads(line) for line in job.log_path.read_text().splitlines()]
-    except (OSError, ValueError):
+        text = job.log_path.read_text()
+    except OSError:
         return 0
     starts = 0
-    for line in lines:
+    for line in map(_parsed, text.splitlines()):
         if line.get("event") == "start" and line.get("job_id") == job.job_id:
             starts += 1
         if line.get("event") == "end" and line.get("status") == "done":
@@ -362,9 +390,13 @@ def _earlier_starts(job: SlideJob) -> int:
     return starts
 
 
-def _peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
+def _parsed(line: str) -> dict[str, Any]:
+    """Return an event of a log; nothing where a kill tore the line."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
 
 
 def _now() -> str:

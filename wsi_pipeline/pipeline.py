@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.durable import remove_tree
 from wsi_pipeline.errors import Interrupted, StoreError
-from wsi_pipeline.geometry import Box, PixelGrid
+from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import extract_objects, outline_polygons
-from wsi_pipeline.job import Attempt, versions
+from wsi_pipeline.job import Attempt, SlideJob, versions
 from wsi_pipeline.preview import draw_preview, write_preview
 from wsi_pipeline.slide import PixelSize, Slide
 from wsi_pipeline.spec import AnchorRules, ModelSpec
@@ -54,8 +54,6 @@ class Predictor(Protocol):
     """Whatever turns the tiles of a slide into blocks of maps."""
 
     spec: ModelSpec
-    name: str
-    digest: str
     device: str
     precision: str
     tile_px: int
@@ -110,6 +108,10 @@ def predict(
                 tissue = read_mask(job.mask, slide.size)
             else:
                 tissue = detect_tissue(*slide.thumbnail(TISSUE_MPP), (size.x, size.y))
+                if slide.holes:
+                    message = "part of the overview cannot be decoded; its place counts as tissue"
+                    attempt.warn("corrupt_region", message)
+                    tissue = tissue.including(slide.holes)
             report.tissue_mm2 = round(tissue.area_mm2((size.x, size.y)), 6)
             if report.tissue_mm2 == 0:
                 attempt.warn("no_tissue", "no tissue was found; the tables are empty")
@@ -184,8 +186,7 @@ def _fill_store(
         wanted=lambda box: tissue.touches(grid, box),
     )
     job = attempt.job
-    attempt.predicted_px = sum(tile.write.area for tile in tiles.tiles)
-    identity = f"{job.job_id} {predictor.device} {predictor.precision} {predictor.tile_px}"
+    identity = _maps_identity(job, tissue, predictor)
     sealed = _sealed_store(job.maps_path, identity)
     if sealed is not None:
         return sealed
@@ -205,12 +206,13 @@ def _fill_store(
         pending: deque[Future[None]] = deque()
         try:
             for block in predictor.predict(slide, missing, stop=stop):
-                readable = 1 - _hole_share(slide, grid, block.tile.write)
+                readable = 1 - slide.unreadable_share(grid, block.tile.write)
                 clipped = _clip(block, grid, tissue, predictor.spec)
                 pending.append(writer.submit(store.write, clipped, readable=readable))
                 while len(pending) > WRITES_PENDING:
                     pending.popleft().result()
                 written += 1
+                attempt.predicted_px += block.tile.write.area
                 advance("predict", written, total)
         finally:
             for future in pending:
@@ -218,6 +220,20 @@ def _fill_store(
     if stop():
         raise Interrupted(f"stopped after {written} of {total} blocks")
     return store.seal()
+
+
+def _maps_identity(job: SlideJob, tissue: TissueMask, predictor: Predictor) -> str:
+    """Name everything that decides the bytes of the maps."""
+    known = versions()
+    parts = [
+        job.job_id,
+        predictor.device.partition(":")[0],
+        predictor.precision,
+        f"tile {predictor.tile_px}",
+        f"tissue {tissue.digest[:16]}",
+        *(f"{name} {known[name]}" for name in ("wsi-pipeline", "torch") if name in known),
+    ]
+    return ", ".join(parts)
 
 
 def _sealed_store(path: Path, identity: str) -> PredictionStore | None:
@@ -241,13 +257,6 @@ def _clip(
         for key, pixels in block.arrays.items()
     }
     return PredictionBlock(tile=block.tile, arrays=arrays)
-
-
-def _hole_share(slide: Slide, grid: PixelGrid, box: Box) -> float:
-    """Return the share of a working-grid box that could not be read."""
-    level0 = PixelGrid.level0(slide.size).cover(grid, box)
-    lost = sum(hole.intersect(level0).area for hole in slide.holes)
-    return min(1.0, lost / level0.area)
 
 
 def _report_holes(attempt: Attempt, store: PredictionStore) -> None:

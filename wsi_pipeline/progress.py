@@ -41,6 +41,7 @@ class LineWatcher:
         self._json = json_lines
         self._stream = stream or sys.stderr
         self._ended = 0
+        self._worked = 0
         self._begun = time.monotonic()
         self._last_line = 0.0
         self._lock = threading.Lock()
@@ -70,8 +71,11 @@ class LineWatcher:
         """Say how the slide ended."""
         with self._lock:
             self._ended += 1
+            self._worked += not skipped
             ended = self._ended
-        left = (time.monotonic() - self._begun) / ended * (self._total - ended)
+        # Slides that were done before say nothing about how long the others take.
+        each = (time.monotonic() - self._begun) / max(1, self._worked)
+        left = each * (self._total - ended) if self._worked else 0.0
         self._say(
             f"[{ended}/{self._total}] {describe(report, skipped=skipped)}"
             + (f", about {_duration(left)} left" if left else ""),

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from zarr.errors import ContainsGroupError, NodeNotFoundError
 
 from wsi_pipeline.durable import disk_errors, partial_path, publish_directory, remove_tree
-from wsi_pipeline.errors import StoreError
+from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.ome import build_pyramid, create_array, multiscale, ome_attributes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
@@ -86,6 +86,7 @@ class PredictionStore:
         self.pixel_size: tuple[float, float] = tuple(self.meta["mpp"])
         self.tile_px: int = self.meta["tile_px"]
         self._group = group
+        self._heads = {head.name: _group(group, head.name) for head in self.spec.heads}
         self._arrays = {key: _array(group, key) for key in _keys(self.spec)}
         self._blocks: Pixels = np.asarray(_array(group, "blocks")[:], np.uint8)
         self._cache = _ChunkCache(CACHE_BYTES)
@@ -238,7 +239,14 @@ class PredictionStore:
         return self._cache.get((key, box), lambda: self._decode(key, box))
 
     def _decode(self, key: str, box: Box) -> Pixels | None:
-        pixels = np.asarray(self._arrays[key][(..., *box.slices)], np.uint8)
+        try:
+            pixels = np.asarray(self._arrays[key][(..., *box.slices)], np.uint8)
+        except RuntimeError as error:
+            msg = (
+                f"{self.path}: the chunk of {key} at ({box.x}, {box.y}) is damaged ({error}); "
+                "run the slide again with --overwrite"
+            )
+            raise StoreError(msg) from error
         return pixels if pixels.any() else None
 
     def unreadable_fraction(self) -> float:
@@ -265,7 +273,7 @@ class PredictionStore:
                 )
             for head in self.spec.heads:
                 own = [m for m in entries if _head_name(m["name"]) == head.name]
-                _group(self._group, head.name).attrs["ome"] = ome_attributes(own, below=head.name)
+                self._heads[head.name].attrs["ome"] = ome_attributes(own, below=head.name)
             self._group.attrs["ome"] = ome_attributes(entries)
             for orphan in self.path.rglob("*.partial"):
                 orphan.unlink()
@@ -332,10 +340,17 @@ def _head_name(key: str) -> str:
 
 
 def _open(path: Path) -> PredictionStore | None:
-    """Open whatever lies at a path; None where a template was never completed."""
+    """Open whatever lies at a path; None where it is not, or no longer, a store to go on with.
+
+    That is a template that was never completed, a store of another version of this package,
+    or one whose record of blocks was torn (zarr then raises RuntimeError).
+    """
     try:
         return PredictionStore(path, zarr.open_group(path, mode="r+"))
     except (NodeNotFoundError, ContainsGroupError, FileNotFoundError, KeyError, ValueError):
+        return None
+    except (WsiPipelineError, RuntimeError) as error:
+        log.warning("%s cannot be used: %s", path.name, error)
         return None
 
 
@@ -359,8 +374,13 @@ def _template(path: Path, spec: ModelSpec, tiles: TileGrid, meta: dict[str, Any]
 
 
 def _chunk_px(tile_px: int) -> int:
-    """Return the largest multiple of 16 up to CHUNK_PX that divides a tile."""
-    return max(side for side in range(16, min(tile_px, CHUNK_PX) + 1, 16) if tile_px % side == 0)
+    """Return the largest multiple of 16 up to CHUNK_PX that divides a tile.
+
+    Where that would be tiny, and files without number, a chunk is a whole tile.
+    """
+    sides = (side for side in range(16, min(tile_px, CHUNK_PX) + 1, 16) if tile_px % side == 0)
+    side = max(sides)
+    return side if side >= CHUNK_PX // 4 else tile_px
 
 
 def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:

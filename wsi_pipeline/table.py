@@ -33,6 +33,7 @@ __all__ = [
     "OBJECT_SCHEMA",
     "TISSUE_SCHEMA",
     "ObjectWriter",
+    "count_rows",
     "read_centroids",
     "read_metadata",
     "read_objects",
@@ -311,6 +312,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         TableError: no such file, or not a table of this package.
     """
     return _read_key(Path(path), b"wsi_pipeline")
+
+
+def count_rows(path: str | Path) -> int:
+    """Return the number of rows of a table, from its footer."""
+    return int(pq.read_metadata(path).num_rows)
 
 
 def _read_groups(

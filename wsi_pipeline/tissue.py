@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,6 +125,18 @@ class TissueMask:
         known = np.outer((rows >= 0) & (rows < height), (columns >= 0) & (columns < width))
         seen = self.mask[np.ix_(rows.clip(0, height - 1), columns.clip(0, width - 1))]
         return np.asarray(known & seen, np.bool_)
+
+    def including(self, boxes: Iterable[Box]) -> TissueMask:
+        """Return the mask with whatever meets some boxes added.
+
+        Args:
+            boxes: in level-0 pixels.
+        """
+        mask = self.mask.copy()
+        level0 = PixelGrid.level0((0, 0))
+        for box in boxes:
+            mask[self.grid.cover(level0, box).intersect(self.grid.box).slices] = True
+        return TissueMask(mask=mask, grid=self.grid, source=self.source)
 
     @cached_property
     def digest(self) -> str:

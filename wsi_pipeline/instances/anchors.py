@@ -110,10 +110,24 @@ class AnchorFinder:
         return (Objects.concatenate(found) if found else None), oversized
 
     def core_runs(self, tile: Box) -> tuple[Ints, Ints]:
-        """Return the core runs of a tile, ``(places, values)`` as ``Runs.join`` wants them."""
+        """Return runs of the cores in a tile that may be part of an oversized one.
+
+        A core that lies within the tile and is not too large by itself never is; without
+        those, few runs are left to be joined over the slide.
+
+        Returns:
+            ``(places, values)`` as ``Runs.join`` wants them.
+        """
         core, _, _ = self._threshold(tile)
         y, x0, x1, value = find_runs(core)
-        return np.stack([y + (tile.y - 1), x0 + (tile.x - 1), x1 + (tile.x - 1)]), value
+        labels, count = label_runs(y, x0, x1, value, 0)
+        table = describe(y, x0, x1, labels, count)
+        # The map has a border of one pixel around the tile.
+        cut = (table[:, 1:3] <= 1).any(axis=1)
+        cut |= (table[:, 3] > tile.width) | (table[:, 4] > tile.height)
+        kept = (cut | self._too_large(table))[labels - 1]
+        places = np.stack([y + (tile.y - 1), x0 + (tile.x - 1), x1 + (tile.x - 1)])
+        return places[:, kept], value[kept]
 
     def count_oversized(self, parts: list[tuple[Ints, Ints]]) -> int:
         """Count the cores of the whole map that exceed the largest diameter.

@@ -38,7 +38,10 @@ class RowMaker:
         if patch is not None:
             # One pixel for 16 x 16 or more of the network's: small for any slide.
             self._tissue_grid = store.head_grid(patch.name)
-            self._tissue_map = store.read(f"{patch.name}/class", self._tissue_grid.box)
+            box = self._tissue_grid.box
+            predicted = store.read(f"{patch.name}/prob", box).any(axis=0)
+            # Classes from 1 on; 0 where nothing was predicted, which is no tissue class.
+            self._tissue_map = np.where(predicted, store.read(f"{patch.name}/class", box) + 1, 0)
 
     def rows(self, maps: HeadMaps, objects: Objects) -> pa.RecordBatch:
         """Return one row of ``OBJECT_SCHEMA`` for each object, in the given order."""
@@ -101,7 +104,8 @@ class RowMaker:
             return _coded(np.full(len(centroid), -1, np.int32), self._tissues)
         pixel = np.floor(self._tissue_grid.from_level0(centroid)).astype(np.int64)
         x, y = _clipped(pixel, self._tissue_grid.size)
-        codes = np.array([self._tissues.index(name).as_py() for name in patch.classes], np.int32)
+        found = [self._tissues.index(name).as_py() for name in patch.classes]
+        codes = np.array([-1, *found], np.int32)
         return _coded(codes[self._tissue_map[y, x]], self._tissues)
 
 

@@ -207,15 +207,19 @@ def _plan(sampling: Sampling, boxes: Sequence[Box]) -> list[_Row]:
     lines: list[list[Box]] = []
     for box in boxes:
         last = lines[-1][-1] if lines else None
-        is_beside = last is not None and (
-            (box.y, box.height) == (last.y, last.height) and box.x >= last.x
+        is_beside = (
+            last is not None
+            and (box.y, box.height) == (last.y, last.height)
+            and box.x >= last.x
+            # the next panel may begin at the same height
+            and box.x1 - lines[-1][0].x <= max(_PANEL_PX, box.width)
         )
         if is_beside:
             lines[-1].append(box)
         else:
             lines.append([box])
     spans = [_around(line) for line in lines]
-    widest = max((span.width for span in spans), default=0)
+    widest = max((box.width for box in boxes), default=0)
     panel: list[int] = []
     edges = (0, 0)
     rows: list[_Row] = []

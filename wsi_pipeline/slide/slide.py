@@ -58,7 +58,7 @@ class Slide:
             (reader.levels[0].size[0] / level.size[0], reader.levels[0].size[1] / level.size[1])
             for level in reader.levels
         ]
-        self._holes: dict[Box, None] = {}
+        self._holes: dict[tuple[int, Box], None] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -138,12 +138,26 @@ class Slide:
     def holes(self) -> tuple[Box, ...]:
         """Disjoint level-0 boxes that could not be decoded so far and were read as white."""
         with self._lock:
-            boxes = list(self._holes)
+            boxes = {box for _, box in self._holes}
         apart: list[Box] = []
         # the largest first: what it covers need not be cut into pieces
         for box in sorted(boxes, key=lambda box: (-box.area, box.y, box.x)):
             apart.extend(_outside(box, apart))
         return tuple(sorted(apart, key=lambda box: (box.y, box.x)))
+
+    def unreadable_share(self, grid: PixelGrid, box: Box) -> float:
+        """Return the share of a box that could not be decoded so far and was read as white.
+
+        Args:
+            grid: the grid that was read; only holes of the level it is read from count.
+            box: in pixels of that grid; what lies outside the slide counts as read.
+        """
+        level = sampling_for(grid, self._reader.levels, self._downsamples).plane.level
+        level0 = PixelGrid.level0(self.size).cover(grid, box)
+        with self._lock:
+            # tiles of one level do not overlap, so their areas add up
+            lost = sum(hole.intersect(level0).area for at, hole in self._holes if at == level)
+        return min(1.0, lost / level0.area) if level0.area else 0.0
 
     def working_grid(self, mpp: float) -> PixelGrid:
         """Return the whole slide at about the wanted pixel size.
@@ -234,8 +248,8 @@ class Slide:
             round(tile.x * x), round(tile.y * y), round(tile.x1 * x), round(tile.y1 * y)
         )
         with self._lock:
-            is_new = hole not in self._holes
-            self._holes[hole] = None
+            is_new = (plane.level, hole) not in self._holes
+            self._holes[plane.level, hole] = None
         if is_new:
             logger.warning(
                 "%s: level %d, tile (%d, %d) cannot be decoded and is read as white: %s",

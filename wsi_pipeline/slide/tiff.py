@@ -21,6 +21,7 @@ import simplejpeg
 import tifffile
 from numpy.typing import NDArray
 
+from wsi_pipeline.errors import SlideError
 from wsi_pipeline.slide.quiet import quiet
 from wsi_pipeline.slide.reader import NotTakenError, RasterLevel, TileError
 from wsi_pipeline.slide.resample import area_mean, ycc_to_rgb
@@ -100,7 +101,12 @@ class TiffReader:
         offset, count = int(this.offsets[index]), int(this.counts[index])
         if not offset or not count:
             return None  # sparse files leave out empty tiles
-        data = os.pread(self._fd, count, offset)
+        try:
+            data = os.pread(self._fd, count, offset)
+        except OSError as error:
+            # The disk or the network, not the slide: no hole, another try may succeed.
+            msg = f"{count} bytes at {offset} cannot be read ({error}); try again"
+            raise SlideError(msg) from error
         if len(data) < count:
             msg = f"{len(data)} of {count} bytes"
             raise TileError(msg)
