@@ -31,6 +31,16 @@ def test_files_folders_and_globs(folder):
     assert ids(collect_slides([str(folder / "b.svs"), str(folder / "*.svs")])) == ["b"]
 
 
+def test_hidden_companions_in_folders_are_no_slides(folder):
+    (folder / "._b.svs").touch()
+    assert ids(collect_slides([str(folder)])) == ["a", "b", "c"]
+
+
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(JobError, match="variable unset"):
+        collect_slides([""])
+
+
 def test_urls_are_taken_as_they_are():
     (entry,) = collect_slides(["s3://bucket/deep/x.y.svs"])
     assert (entry.path, entry.slide_id) == ("s3://bucket/deep/x.y.svs", "x.y")
@@ -44,7 +54,7 @@ def test_text_list(folder):
 
 def test_csv_list(folder):
     (folder / "list.csv").write_text(
-        "path,slide_id,mpp,mask\nb.svs,patient-1,0.4,m.png\na.tiff,,,\n"
+        "\ufeffpath,slide_id,mpp,mask\r\nb.svs, patient-1 ,0.4,m.png\r\n   \r\n\r\na.tiff,,,\r\n"
     )
     first, second = collect_slides([str(folder / "list.csv")])
     assert (first.slide_id, first.mpp, first.mask) == ("a", None, None)
@@ -58,7 +68,11 @@ def test_csv_list(folder):
         ("file,mpp\nb.svs,1\n", "needs 'path'"),
         ("path,colour\nb.svs,red\n", "needs 'path'"),
         ("path,mpp\nb.svs,small\n", "line 2: mpp 'small'"),
-        ("path,slide_id\nb.svs,../up\n", "name of a file"),
+        ("path,slide_id\nb.svs,up/down\n", "no folder"),
+        ("path,mpp,mpp\nb.svs,1,2\n", "needs 'path'"),
+        ("path,mpp\nb,1.svs,2\n", "more cells than columns"),
+        ("path,mpp\nb.svs,nan\n", "positive number"),
+        ("path,mpp\nb.svs,-1\n", "positive number"),
     ],
 )
 def test_bad_lists_name_the_fault(folder, text, message):
@@ -96,7 +110,7 @@ def test_a_slide_named_twice_keeps_what_is_said_of_it(folder):
     assert len(collect_slides([relative, str(folder / "b.svs")])) == 1
 
 
-@pytest.mark.parametrize("name", ["_a.svs", ".a.svs"])
+@pytest.mark.parametrize("name", ["_a.svs", ".a.svs", "a\nb.svs", 190 * "a" + ".svs"])
 def test_names_that_table_readers_pass_over_are_refused(folder, name):
     (folder / name).touch()
     with pytest.raises(JobError, match="another slide_id"):
@@ -109,8 +123,12 @@ def test_masks_are_found_or_missed_aloud(folder):
     (masks / "a.png").touch()
     (entry,) = collect_slides([str(folder / "a.tiff")], mask_dir=masks)
     assert entry.mask == str(masks / "a.png")
-    with pytest.raises(JobError, match=r"no b\.png"):
-        collect_slides([str(folder)], mask_dir=masks)
+    # One without a mask is a slide that fails later; none at all is the wrong folder.
+    assert [e.mask for e in collect_slides([str(folder)], mask_dir=masks)] == [
+        str(masks / f"{name}.png") for name in "abc"
+    ]
+    with pytest.raises(JobError, match="a mask for no slide"):
+        collect_slides([str(folder / "b.svs")], mask_dir=masks)
 
 
 @given(st.integers(0, 40), st.integers(1, 7))

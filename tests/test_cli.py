@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
+import geopandas
 import numpy as np
 import pandas as pd
 import pytest
@@ -75,6 +77,14 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert table[table.kind == "nucleus"].shape[0] > 200
 
 
+def test_every_reader_takes_the_folder(finished):
+    whole = geopandas.read_parquet(finished / "objects")
+    assert whole.crs is not None
+    assert len(whole) == len(pd.read_parquet(finished / "objects"))
+    rows = duckdb.sql(f"select count(*) from '{finished}/objects/*.parquet'").fetchone()
+    assert rows == (len(whole),)
+
+
 def test_the_same_command_again_does_nothing(slides, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     result = invoke(run, slides / "*.svs", "--out", finished, "--no-progress")
@@ -133,6 +143,8 @@ def test_dry_run_lists_and_touches_nothing(slides, finished, tmp_path):
         (["SLIDES", "--device", "abacus"], "abacus"),
         (["SLIDES", "--precision", "int3"], "fp32"),
         (["SLIDES", "--nonsense"], "No such option"),
+        (["SLIDES", "--mpp", "nan"], "positive number"),
+        ([""], "variable unset"),
     ],
 )
 def test_wrong_use_is_code_2_and_says_what_is_right(slides, tmp_path, arguments, message):
@@ -280,6 +292,14 @@ def test_doctor_runs_the_main_job():
     result = invoke(wsi, "doctor", "--model", "nonsense")
     assert result.exit_code == 1
     assert "FAIL  model" in result.output
+
+
+def test_a_folder_that_cannot_be_made_is_wrong_use(slides, tmp_path):
+    (tmp_path / "file").touch()
+    result = invoke(run, slides / "two.svs", "--out", tmp_path / "file" / "out", "--no-progress")
+    assert result.exit_code == 2
+    result = invoke(wsi, "synth", tmp_path / "s.svs", "--width", 10)
+    assert result.exit_code == 2
 
 
 def test_synth_writes_a_slide_and_its_truth(tmp_path):

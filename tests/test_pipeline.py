@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -443,6 +445,24 @@ def test_on_another_device_tables_are_made_beside_the_next_slide(slide, tmp_path
     pd.testing.assert_frame_equal(a.drop(columns="slide_id"), b.drop(columns="slide_id"))
 
 
+def test_two_processes_do_not_work_on_one_slide(slide, tmp_path):
+    code = (
+        "import time; from pathlib import Path; from wsi_pipeline.job import Attempt, SlideJob; "
+        f"job = SlideJob(path='', slide_id='a', out=Path({str(tmp_path)!r}), model_name='', "
+        "model_digest=''); held = Attempt(job); print('locked', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        report = go(slide, tmp_path)
+        assert "another process is at work" in report.error["message"]
+        assert not (tmp_path / "reports" / "a.json").exists()
+    finally:
+        other.kill()
+        other.wait()
+    assert go(slide, tmp_path).status == "done"
+
+
 def test_restarts_are_counted(slide, tmp_path):
     for _ in range(2):
         go(slide, tmp_path, watcher=Watcher(1))
@@ -475,9 +495,6 @@ def test_maps_of_another_job_under_the_final_name_are_replaced(slide, undisturbe
 
 
 def test_pipeline_imports_no_torch():
-    import subprocess
-    import sys
-
     code = (
         "import sys, wsi_pipeline.pipeline, wsi_pipeline.engines; sys.exit('torch' in sys.modules)"
     )

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from wsi_pipeline.batch import SlideEntry, collect_slides, freeze_run, parse_shard, take_shard
+from wsi_pipeline.batch import (
+    SlideEntry,
+    collect_slides,
+    freeze_run,
+    parse_shard,
+    require_size,
+    take_shard,
+)
 from wsi_pipeline.engines import Watcher, run_slides
 from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.machine import available_cpus
@@ -31,10 +38,12 @@ class Plan:
     """The slides of this shard."""
     bundle: ModelBundle
     """The model."""
+    keep_maps: bool
+    """Whether maps stay after the objects are written."""
 
 
 def plan_run(
-    slides: Sequence[str | os.PathLike[str]],
+    slides: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     model: str | None = None,
@@ -51,6 +60,9 @@ def plan_run(
     """
     from wsi_pipeline.bundle import find_bundle
 
+    if isinstance(slides, str | os.PathLike):
+        slides = [slides]
+    require_size(mpp, "--mpp")
     masks = None if mask_dir is None else Path(mask_dir)
     entries = tuple(
         # What a list says of one slide outweighs what is said for all.
@@ -72,7 +84,7 @@ def plan_run(
         )
         for entry in take_shard(entries, parse_shard(shard, os.environ))
     )
-    return Plan(out=folder, entries=entries, jobs=jobs, bundle=bundle)
+    return Plan(out=folder, entries=entries, jobs=jobs, bundle=bundle, keep_maps=keep_maps)
 
 
 def execute(
@@ -109,6 +121,7 @@ def execute(
             "tile_size": tile_size,
             "batch_size": batch_size,
             "workers": workers,
+            "keep_maps": plan.keep_maps,
         },
         model={"name": plan.bundle.spec.name, "sha256": plan.bundle.digest},
         overwrite=overwrite,
@@ -126,7 +139,7 @@ def execute(
 
 
 def run(
-    slides: Sequence[str | os.PathLike[str]],
+    slides: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     model: str | None = None,

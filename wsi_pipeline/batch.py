@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,15 @@ from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import versions
 
-__all__ = ["SlideEntry", "collect_slides", "freeze_run", "parse_shard", "read_run", "take_shard"]
+__all__ = [
+    "SlideEntry",
+    "collect_slides",
+    "freeze_run",
+    "parse_shard",
+    "read_run",
+    "require_size",
+    "take_shard",
+]
 
 SLIDE_SUFFIXES = frozenset(
     # One line a family: Aperio and generic TIFF; Hamamatsu; MIRAX, Leica, Ventana, Zeiss, DICOM.
@@ -31,6 +40,8 @@ SLIDE_SUFFIXES = frozenset(
     }
 )
 """What counts as a slide in a folder. A file named on the command line may be anything."""
+LONGEST_ID = 180
+"""Bytes: file names have at most 255, and temporary ones are longer than final ones."""
 LIST_SUFFIXES = frozenset({".txt", ".csv"})
 
 
@@ -57,8 +68,8 @@ def collect_slides(
         inputs: files, globs, folders, URLs, and ``.txt`` or ``.csv`` lists. A CSV has a
             header with ``path`` and, if wanted, ``slide_id``, ``mpp`` and ``mask``;
             relative paths in a list start at the list's folder.
-        mask_dir: folder with ``<slide_id>.png``; every slide must have one there, or a mask
-            of its own in the list.
+        mask_dir: folder with ``<slide_id>.png``. A slide without one there, or in the list,
+            fails later by itself.
 
     Raises:
         JobError: nothing found, an unusable list, a missing mask, or two slides of one id.
@@ -68,14 +79,9 @@ def collect_slides(
         msg = "no slides given; name files, globs, folders, or a .txt or .csv list"
         raise JobError(msg)
     for entry in entries:
-        if entry.slide_id.startswith((".", "_")):
-            msg = (
-                f"{entry.path}: readers of a folder of tables pass over names that begin with "
-                f"'.' or '_', such as {entry.slide_id!r}; give another slide_id in a CSV list"
-            )
-            raise JobError(msg)
+        _require_file_name(entry)
     if mask_dir is not None:
-        entries = [_with_mask(entry, mask_dir) for entry in entries]
+        entries = _with_masks(entries, mask_dir)
     by_id: dict[str, SlideEntry] = {}
     for entry in entries:
         other = by_id.setdefault(entry.slide_id, entry)
@@ -183,6 +189,21 @@ def read_run(out: Path) -> dict[str, Any] | None:
     return content
 
 
+def _require_file_name(entry: SlideEntry) -> None:
+    """Refuse ids that cannot name files which every reader finds again."""
+    slide_id = entry.slide_id
+    problem = None
+    if not slide_id or slide_id.startswith((".", "_")):
+        problem = "readers of a folder of tables pass over names that begin with '.' or '_'"
+    elif os.sep in slide_id or not slide_id.isprintable():
+        problem = "a slide_id is the name of a file: printable characters and no folder"
+    elif len(slide_id.encode(errors="replace")) > LONGEST_ID:
+        problem = f"a slide_id has at most {LONGEST_ID} bytes"
+    if problem:
+        msg = f"{entry.path!r} would have the slide_id {slide_id!r}, but {problem}. Rename the "
+        raise JobError(msg + "file, or give another slide_id in a CSV list.")
+
+
 def _place(path: str) -> str:
     return path if "://" in path else os.path.realpath(path)
 
@@ -202,13 +223,18 @@ def _merged(one: SlideEntry, other: SlideEntry) -> SlideEntry:
 
 
 def _expand(item: str) -> Iterable[SlideEntry]:
+    if not item:
+        raise JobError("an empty name was given for a slide; is a variable unset?")
     if "://" in item:
         return [_entry(item)]
     path = Path(item)
     if path.is_dir():
         # A slide of some vendors is a file with a folder of the same name beside it.
         found = sorted(
-            p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SLIDE_SUFFIXES
+            p
+            for p in path.iterdir()
+            # Some systems put hidden companions beside files.
+            if p.is_file() and p.suffix.lower() in SLIDE_SUFFIXES and not p.name.startswith(".")
         )
         if not found:
             msg = f"folder {item} holds no slide ({', '.join(sorted(SLIDE_SUFFIXES))})"
@@ -232,27 +258,39 @@ def _read_list(path: Path) -> list[SlideEntry]:
     if path.suffix.lower() == ".txt":
         lines = [line.strip() for line in text.splitlines()]
         return [_entry(_resolve(p, path)) for p in lines if p and not p.startswith("#")]
-    rows = csv.DictReader(text.splitlines())
-    columns = set(rows.fieldnames or ())
-    unknown = columns - {"path", "slide_id", "mpp", "mask"}
-    if "path" not in columns or unknown:
+    rows = csv.DictReader(text.splitlines(), restkey="", skipinitialspace=True)
+    columns = rows.fieldnames or ()
+    unknown = set(columns) - {"path", "slide_id", "mpp", "mask"}
+    if "path" not in columns or unknown or len(set(columns)) < len(columns):
         msg = (
             f"the slide list {path} has the columns {sorted(columns)}; it needs 'path' and may "
             "have 'slide_id', 'mpp' and 'mask'"
         )
         raise JobError(msg)
-    return [_row(row, number, path) for number, row in enumerate(rows, start=2) if row["path"]]
+    numbered = enumerate(rows, start=2)
+    return [_row(row, number, path) for number, row in numbered if (row["path"] or "").strip()]
+
+
+def require_size(mpp: float | None, where: str) -> None:
+    """Refuse a pixel size that is no size at all; whether it is plausible, each slide tells.
+
+    Raises:
+        JobError: it is not a positive number.
+    """
+    if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
+        raise JobError(f"{where}: mpp must be a positive number of micrometres, not {mpp}")
 
 
 def _row(row: Mapping[str, str | None], line: int, source: Path) -> SlideEntry:
+    if "" in row:
+        raise JobError(f"{source}, line {line}: more cells than columns; quote names with commas")
     entry = _entry(_resolve(str(row["path"]).strip(), source))
     mpp, mask, slide_id = (str(row.get(k) or "").strip() for k in ("mpp", "mask", "slide_id"))
     try:
         size = float(mpp) if mpp else None
     except ValueError as error:
         raise JobError(f"{source}, line {line}: mpp {mpp!r} is not a number") from error
-    if os.sep in slide_id:
-        raise JobError(f"{source}, line {line}: {slide_id!r} cannot be the name of a file")
+    require_size(size, f"{source}, line {line}")
     return replace(
         entry,
         mpp=size,
@@ -270,11 +308,9 @@ def _entry(path: str) -> SlideEntry:
     return SlideEntry(path=path, slide_id=Path(name).stem)
 
 
-def _with_mask(entry: SlideEntry, mask_dir: Path) -> SlideEntry:
-    if entry.mask is not None:
-        return entry
-    mask = mask_dir / f"{entry.slide_id}.png"
-    if not mask.is_file():
-        msg = f"--mask-dir has no {mask.name} for {entry.path}; looked for {mask}"
+def _with_masks(entries: Sequence[SlideEntry], mask_dir: Path) -> list[SlideEntry]:
+    masks = [entry.mask or str(mask_dir / f"{entry.slide_id}.png") for entry in entries]
+    if not any(Path(mask).is_file() for mask in masks):
+        msg = f"--mask-dir {mask_dir} has a mask for no slide; looked for {Path(masks[0]).name}"
         raise JobError(msg)
-    return replace(entry, mask=str(mask))
+    return [replace(entry, mask=mask) for entry, mask in zip(entries, masks, strict=True)]

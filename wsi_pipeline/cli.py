@@ -176,12 +176,12 @@ def run(
     Exit codes: 0 all done; 1 some slide failed, all others were still done; 2 wrong use;
     75 interrupted, run the same command again; 130 Ctrl-C.
     """
-    from wsi_pipeline.api import execute, plan_run
-
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, force=True
     )
-    with _plain_errors():
+    with _plain_errors(), _signals() as caught:
+        from wsi_pipeline.api import execute, plan_run
+
         plan = plan_run(
             slides, out, model=model, mpp=mpp, mask_dir=mask_dir, shard=shard, keep_maps=keep_maps
         )
@@ -189,13 +189,12 @@ def run(
             _list_plan(plan, shard)
             return
         watcher = _watcher(len(plan.jobs), bars=progress, json_lines=log_format == "json")
-        with _signals() as caught:
-            try:
-                reports = execute(plan, watcher=watcher, stop=lambda: bool(caught), **how)
-            finally:
-                watcher.close()
-    if log_format == "text":
-        _print_end(reports)
+        try:
+            reports = execute(plan, watcher=watcher, stop=lambda: bool(caught), **how)
+        finally:
+            watcher.close()
+        if log_format == "text":
+            _print_end(reports, plan)
     if caught:
         raise SystemExit(EXIT_CTRL_C if signal.SIGINT in caught else EXIT_INTERRUPTED)
     if any(not report.done for report in reports):
@@ -336,7 +335,7 @@ def _watcher(total: int, *, bars: bool | None, json_lines: bool) -> BarWatcher |
     return LineWatcher(total, json_lines=json_lines)
 
 
-def _print_end(reports: Sequence[RunReport]) -> None:
+def _print_end(reports: Sequence[RunReport], plan: Plan) -> None:
     from rich.console import Console
 
     from wsi_pipeline.progress import final_table
@@ -346,6 +345,7 @@ def _print_end(reports: Sequence[RunReport]) -> None:
         # A log has no edge to fold at.
         console = Console(stderr=True, width=200)
     console.print(final_table(reports), soft_wrap=not console.is_terminal)
+    click.echo(f"model {plan.bundle.spec.name}: {plan.bundle.spec.description}", err=True)
 
 
 def _list_plan(plan: Plan, shard: str | None) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
+from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import (
     Attempt,
     RunReport,
@@ -117,8 +118,8 @@ class _Run:
         """Predict a slide; None when it has ended: settled before, failed or interrupted."""
         try:
             attempt = self._begin(job)
-        except OSError as error:
-            # The results folder (or the mask) is of no use; another slide's may be.
+        except (OSError, JobError) as error:
+            # Its files are of no use, or another process is at it; other slides may go well.
             self._finish(job, refuse(job, error))
             return None
         if attempt is None:
@@ -145,9 +146,10 @@ class _Run:
                 self._finish(job, settled, skipped=True)
                 return None
         self.watcher.start(job)
+        attempt = Attempt(job)
         # Only what was finished is thrown away: an interrupted --overwrite goes on.
         _clear(job, maps=self.overwrite and finished is not None)
-        return Attempt(job)
+        return attempt
 
     def second_half(self, job: SlideJob, attempt: Attempt, predicted: Predicted) -> None:
         """Write the tables of a predicted slide."""

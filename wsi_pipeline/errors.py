@@ -14,7 +14,7 @@
     │   └── DiskFullError               disk_full
     ├── StoreError                      internal
     ├── TableError                      internal
-    ├── JobError                        usage: nothing was started
+    ├── JobError                        internal (mostly wrong use: nothing was started)
     └── Interrupted                     asked to stop: run the same command again
 
 A message says what was asked, what was found and what to do next.
@@ -108,9 +108,7 @@ class TableError(WsiPipelineError):
 
 
 class JobError(WsiPipelineError):
-    """The run as asked makes no sense; nothing was started."""
-
-    code = "usage"
+    """What was asked makes no sense, or cannot be begun now; nothing was started."""
 
 
 class Interrupted(WsiPipelineError):  # noqa: N818 - a request to stop, not a fault

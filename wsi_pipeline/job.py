@@ -6,6 +6,7 @@ and the files it lists are there in the size it lists. The report is written las
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -21,10 +22,10 @@ from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from wsi_pipeline.durable import durable_file
-from wsi_pipeline.errors import DiskFullError, Interrupted, WsiPipelineError
+from wsi_pipeline.errors import DiskFullError, Interrupted, JobError, WsiPipelineError
 from wsi_pipeline.machine import peak_rss_mb
 
 __all__ = [
@@ -162,10 +163,17 @@ class RunReport:
 
 
 class Attempt:
-    """One try at a slide: times its stages, logs its events, and fills its report."""
+    """One try at a slide: times its stages, logs its events, and fills its report.
+
+    It holds the lock of the slide (on its log file) until it is closed or the process ends.
+
+    Raises:
+        JobError: another process is at work on the slide in the same results folder.
+    """
 
     def __init__(self, job: SlideJob) -> None:
         self.job = job
+        self._lock = _lock(job)
         self.stage_name = "open"
         self.predicted_px = 0
         """Pixels of the working grid that this try has predicted."""
@@ -226,8 +234,7 @@ class Attempt:
         """List a finished file (or folder of maps) in the report."""
         name = path.relative_to(self.job.out).as_posix()
         if path.is_dir():
-            sizes = [p.stat().st_size for p in path.rglob("*") if p.is_file()]
-            self.report.outputs[name] = {"bytes": sum(sizes), "sha256": None}
+            self.report.outputs[name] = folder_facts(path)
         else:
             self.report.outputs[name] = {
                 "bytes": path.stat().st_size,
@@ -260,7 +267,13 @@ class Attempt:
             }
             logger.warning("%s: %s", self.job.slide_id, problem)
         self.log("end", status=report.status, error=report.error, seconds=report.seconds["total"])
+        self.release()
         return report
+
+    def release(self) -> None:
+        """Let other processes at the slide."""
+        if self._lock is not None:
+            self._lock.close()
 
 
 def record(attempt: Attempt, work: Callable[[], None], *, last: bool) -> RunReport | None:
@@ -285,6 +298,9 @@ def record(attempt: Attempt, work: Callable[[], None], *, last: bool) -> RunRepo
         return attempt.close(
             "failed", {"code": code, "stage": attempt.stage_name, "message": message}
         )
+    except BaseException:  # Ctrl-C in a notebook: no claim, but the slide is free again
+        attempt.release()
+        raise
 
 
 def refuse(job: SlideJob, error: Exception) -> RunReport:
@@ -334,6 +350,15 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_facts(path: Path) -> dict[str, Any]:
+    """Return the bytes in a folder, and a SHA-256 over the names and digests of its files."""
+    digest, size = hashlib.sha256(), 0
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        size += file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()} {file_digest(file)}\n".encode())
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def versions() -> dict[str, str]:
@@ -388,6 +413,29 @@ def _earlier_starts(job: SlideJob) -> int:
         if line.get("event") == "end" and line.get("status") == "done":
             starts = 0
     return starts
+
+
+def _lock(job: SlideJob) -> IO[str] | None:
+    """Lock a slide's log file against other processes; None where the file system cannot."""
+    try:
+        job.log_path.parent.mkdir(parents=True, exist_ok=True)
+        file = job.log_path.open("a")
+    except OSError:
+        return None  # nothing can be logged either; the first result to be written will tell
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        msg = (
+            f"another process is at work on {job.slide_id} in {job.out}; wait for it, or use "
+            "another --out"
+        )
+        raise JobError(msg) from error
+    except OSError as error:
+        logger.warning("%s: no locks on this file system: %s", job.slide_id, error)
+        file.close()
+        return None
+    return file
 
 
 def _parsed(line: str) -> dict[str, Any]:

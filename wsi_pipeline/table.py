@@ -8,6 +8,7 @@ depends on when or in which portions it was written.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -133,6 +134,9 @@ class ObjectWriter:
                 compression_level=1,
                 use_dictionary=[f.name for f in self._schema if f.type == _NAME],
                 write_page_index=False,
+                # The Arrow schema goes in at the end, because it carries the metadata, too:
+                # readers of a whole folder look for it only there.
+                store_schema=False,
             )
         except BaseException as error:
             self._file.__exit__(type(error), error, error.__traceback__)
@@ -166,7 +170,11 @@ class ObjectWriter:
         try:
             if error is None:
                 self._flush(self._held_rows)
-                self._writer.add_key_value_metadata(self._keys())
+                keys = self._keys()
+                arrow = self._schema.with_metadata(keys).serialize().to_pybytes()
+                self._writer.add_key_value_metadata(
+                    {**keys, "ARROW:schema": base64.b64encode(arrow).decode()}
+                )
             self._writer.close()
         except BaseException as late:
             self._file.__exit__(type(late), late, late.__traceback__)

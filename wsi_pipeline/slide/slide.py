@@ -248,10 +248,12 @@ class Slide:
             round(tile.x * x), round(tile.y * y), round(tile.x1 * x), round(tile.y1 * y)
         )
         with self._lock:
-            is_new = (plane.level, hole) not in self._holes
+            is_first, is_new = not self._holes, (plane.level, hole) not in self._holes
             self._holes[plane.level, hole] = None
         if is_new:
-            logger.warning(
+            # One warning a slide: a damaged one may have thousands of such tiles.
+            logger.log(
+                logging.WARNING if is_first else logging.INFO,
                 "%s: level %d, tile (%d, %d) cannot be decoded and is read as white: %s",
                 self.name, plane.level, column, row, error,
             )  # fmt: skip
