@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 import pytest
 
+from wsi_pipeline.attempt import Attempt, record
 from wsi_pipeline.errors import Interrupted, MissingPixelSizeError
-from wsi_pipeline.job import Attempt, RunReport, SlideJob, finished_report, read_report, record
+from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
 
 
 @pytest.fixture

@@ -446,11 +446,17 @@ def test_on_another_device_tables_are_made_beside_the_next_slide(slide, tmp_path
 
 
 def test_two_processes_do_not_work_on_one_slide(slide, tmp_path):
-    code = (
-        "import time; from pathlib import Path; from wsi_pipeline.job import Attempt, SlideJob; "
-        f"job = SlideJob(path='', slide_id='a', out=Path({str(tmp_path)!r}), model_name='', "
-        "model_digest=''); held = Attempt(job); print('locked', flush=True); time.sleep(60)"
-    )
+    code = f"""if True:
+        import time
+        from pathlib import Path
+        from wsi_pipeline.attempt import Attempt
+        from wsi_pipeline.job import SlideJob
+        held = Attempt(SlideJob(
+            path='', slide_id='a', out=Path({str(tmp_path)!r}), model_name='', model_digest=''
+        ))
+        print('locked', flush=True)
+        time.sleep(60)
+    """
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "locked\n"

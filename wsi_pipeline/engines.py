@@ -13,17 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from wsi_pipeline.attempt import Attempt, record, refuse
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
 from wsi_pipeline.errors import JobError
-from wsi_pipeline.job import (
-    Attempt,
-    RunReport,
-    SlideJob,
-    finished_report,
-    read_report,
-    record,
-    refuse,
-)
+from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
 from wsi_pipeline.pipeline import Predicted, Predictor, polygonize, predict
 
 __all__ = ["Watcher", "run_slides"]

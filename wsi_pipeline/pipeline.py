@@ -23,11 +23,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.durable import remove_tree
 from wsi_pipeline.errors import Interrupted, StoreError
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import extract_objects, outline_polygons
-from wsi_pipeline.job import Attempt, SlideJob, versions
+from wsi_pipeline.job import SlideJob, versions
 from wsi_pipeline.preview import draw_preview, write_preview
 from wsi_pipeline.slide import PixelSize, Slide
 from wsi_pipeline.spec import AnchorRules, ModelSpec
