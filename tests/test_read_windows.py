@@ -206,3 +206,19 @@ def test_memory_is_two_bands_however_tall_the_slide_is(path, monkeypatch):
         ):
             pass
     assert sizes[2] <= 64 * (96 + 2 * 64)
+
+
+def test_memory_is_one_panel_however_wide_the_slide_is(path, monkeypatch):
+    """Panels one row of tiles high begin at the same height, and are still panels."""
+    from wsi_pipeline.slide import bands
+
+    sizes = []
+    original = bands._pair
+    monkeypatch.setattr(bands, "_pair", lambda pixels: sizes.append(pixels) or original(pixels))
+    monkeypatch.setattr(bands, "_PANEL_PX", 128)
+    with Slide.open(path) as slide:
+        grid = slide.working_grid(0.25)
+        boxes = [Box(x=x, y=0, width=64, height=64) for x in range(0, 9000, 48)]
+        for _ in slide.read_windows(grid, boxes, threads=1):
+            pass
+    assert max(sizes) <= (128 + 2 * 64) * (64 + 2 * 64)

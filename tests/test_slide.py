@@ -232,16 +232,39 @@ def test_an_undecodable_tile_is_a_white_hole_and_a_missing_one_is_glass(tmp_path
     path = write_slide(tmp_path / "a.svs", IMAGE, "jpeg-rgb", skip={(1, 0)},
                        spoil={(2, 2), (5, 4)})  # fmt: skip
     hole, corner = Box(x=128, y=128, width=64, height=64), Box(x=320, y=256, width=13, height=21)
+    caplog.set_level("INFO")
     with Slide.open(path) as slide:
         assert slide.holes == ()
         found = read_all(slide, 0.25)
         read_all(slide, 0.5)
         assert slide.holes == (hole, corner)
-    assert caplog.text.count("cannot be decoded") == 2
+        grid = slide.working_grid(0.25)
+        assert slide.unreadable_share(grid, hole) == 1
+        assert slide.unreadable_share(grid, hole.shift(32, 0)) == 0.5
+        assert slide.unreadable_share(grid, hole.shift(64, 0)) == 0
+        # what one level has lost another may have
+        assert (
+            slide.unreadable_share(slide.working_grid(1.0), Box(x=0, y=0, width=9, height=9)) == 0
+        )
+    lines = [r for r in caplog.records if "cannot be decoded" in r.getMessage()]
+    assert [r.levelname for r in lines] == ["WARNING", "INFO"]
     assert (found[hole.slices] == 255).all()
     assert (found[corner.slices] == 255).all()
     assert (found[:64, 64:128] == 255).all()
     assert psnr(found[:64, :64], IMAGE[:64, :64]) > 45
+
+
+def test_a_disk_that_fails_is_an_error_and_no_hole(tmp_path, monkeypatch):
+    path = write_slide(tmp_path / "a.svs", IMAGE, "jpeg-rgb")
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with Slide.open(path) as slide:
+        monkeypatch.setattr("os.pread", fail)
+        with pytest.raises(SlideError, match="try again"):
+            read_all(slide, 0.25)
+        assert slide.holes == ()
 
 
 def test_holes_of_several_levels_are_disjoint(tmp_path):
