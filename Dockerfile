@@ -1,14 +1,16 @@
 # syntax=docker/dockerfile:1
-# CPU:  docker build -t wsi-pipeline .
+# CPU:  docker build -t wsi-pipeline --build-arg TORCH_INDEX=URL .
+#       where URL is the index of CPU wheels that PyTorch's own "Get started" page names; without
+#       it the image gets the default wheels, which also run on a CPU but are several GB larger.
 # GPU:  docker build -t wsi-pipeline:gpu --build-arg TORCH=cuda .
 #       The GPU wheels of torch bring their own CUDA libraries: the host needs the driver and
 #       nvidia-container-toolkit (docker run --gpus all, apptainer --nv).
 # Run:  docker run --rm -v "$PWD:/data" wsi-pipeline 'slides/*.svs' --out results
-ARG BASE=docker.io/library/python:3.11-slim-bookworm
+ARG BASE=python:3.11-slim-bookworm
 # hadolint ignore=DL3006
 FROM ${BASE} AS build
 ARG TORCH=cpu
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN python3 -m venv /opt/venv
@@ -18,7 +20,7 @@ WORKDIR /src
 COPY constraints-cpu.txt ./
 # hadolint ignore=DL3013
 RUN if [ "${TORCH}" = cpu ]; then \
-      pip install --extra-index-url "${TORCH_INDEX}" -c constraints-cpu.txt torch ; \
+      pip install ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -c constraints-cpu.txt torch ; \
     else pip install torch ; fi
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY models ./models
