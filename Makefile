@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt
+# TORCH_INDEX=URL: where CPU-only wheels of torch are, if the default index has none of them.
+TORCH_INDEX ?=
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt $(INDEX)
 SETTINGS := setup.cfg pyproject.toml constraints-cpu.txt
 
 .PHONY: demo test lint types floors suite docker-lint clean
