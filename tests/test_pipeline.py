@@ -413,6 +413,7 @@ def test_glass_is_done_with_a_warning_and_an_empty_table(tmp_path, undisturbed):
     report = go(source, tmp_path, mask=tmp_path / "a.png")
     assert report.status == "done"
     assert [w["code"] for w in report.warnings] == ["no_tissue"]
+    assert report.error == report.warnings[0]
     table = pd.read_parquet(tmp_path / "objects" / "a.parquet")
     assert len(table) == 0
     full = pd.read_parquet(undisturbed[0] / "objects" / "a.parquet")

@@ -81,7 +81,8 @@ class Attempt:
 
     def warn(self, code: str, message: str) -> None:
         """Note something the user should know though the slide goes on."""
-        self.report.warnings.append({"code": code, "message": message})
+        warning = {"code": code, "stage": self.stage_name, "message": message}
+        self.report.warnings.append(warning)
         self.log("warning", level="warning", code=code, message=message)
 
     def log(self, event: str, *, level: str = "info", **details: object) -> None:
@@ -118,7 +119,10 @@ class Attempt:
         """Write the report: the claim."""
         report = self.report
         report.status = status
-        report.error = error
+        # A slide that is done carries its first warning's code where a failed one has its error.
+        report.error = error or (
+            report.warnings[0] if status == "done" and report.warnings else None
+        )
         report.seconds["total"] = time.perf_counter() - self._begun
         report.throughput = {
             "mm2_per_s": round(report.tissue_mm2 / report.seconds["total"], 4),

@@ -140,7 +140,7 @@ class RunReport:
 
     @property
     def reason(self) -> str:
-        """One line on why the slide is not done, or an empty string."""
+        """One line on why the slide is not done, or done with a warning; or an empty string."""
         return f"{self.error['code']}: {self.error['message']}" if self.error else ""
 
     def write(self, path: Path) -> None:
