@@ -286,3 +286,16 @@ def test_auto_choices(bundle, monkeypatch):
 def test_impossible_choices_are_refused(bundle, option, value):
     with pytest.raises(JobError, match=str(value)):
         TorchPredictor.load(bundle, **{option: value})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("precision", "largest"), [("fp32", 3), ("bf16", 40)])
+def test_a_gpu_gives_the_maps_of_the_cpu(bundle, slide, precision, largest):
+    _, expected = predict(load(bundle), slide)
+    _, found = predict(load(bundle, device="cuda", precision=precision, batch_size=3), slide)
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in (key for key in ours.arrays if key.endswith("/prob")):
+            apart = np.abs(ours.arrays[key].astype(int) - theirs.arrays[key])
+            assert apart.max() <= largest, key
+            assert apart.mean() <= largest / 10, key
