@@ -122,7 +122,7 @@ def _describe_maps(path: Path) -> Iterator[str]:
     store = PredictionStore.open(path)
     yield f"maps       {path.name} of model {store.spec.name}"
     for key in store.keys:
-        grid = store.head_grid(key.rsplit("/", 1)[0])
+        grid = store.head_grid(store.spec.maps[key].name)
         mpp = grid.spacing[0] * store.pixel_size[0]
         yield f"           {key}: {grid.size[0]} x {grid.size[1]} at {mpp:.4g} um"
     yield f"unreadable {store.unreadable_fraction():.2%}"

@@ -63,7 +63,7 @@ class Predictor(Protocol):
     def predict(
         self, slide: Slide, tiles: TileGrid, *, stop: Callable[[], bool]
     ) -> Iterator[PredictionBlock]:
-        """Yield one block a tile, in order; end early when asked to stop."""
+        """Yield one block a tile, in order; a block keeps its arrays. End when asked to stop."""
         ...
 
 
@@ -119,8 +119,9 @@ def predict(
         with attempt.stage("predict"):
             store = _fill_store(attempt, slide, tissue, predictor, stop, advance)
         _report_holes(attempt, store)
-        extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
-        picture, picture_grid = slide.thumbnail(max(extent_um / PREVIEW_PX, size.x, size.y))
+        with attempt.stage("write"):
+            extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
+            picture, picture_grid = slide.thumbnail(max(extent_um / PREVIEW_PX, size.x, size.y))
         return Predicted(
             store=store,
             tissue=tissue,
@@ -202,14 +203,17 @@ def _fill_store(
     total = len(tiles.tiles)
     written = total - len(missing.tiles)
     advance("predict", written, total)
-    # One writer, one block at a time: the disk works while the network does.
+
+    def write(block: PredictionBlock) -> None:
+        readable = 1 - slide.unreadable_share(grid, block.tile.write)
+        store.write(_clip(block, grid, tissue, predictor.spec), readable=readable)
+
+    # One writer, one block at a time: it works while the network does.
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
         pending: deque[Future[None]] = deque()
         try:
             for block in predictor.predict(slide, missing, stop=stop):
-                readable = 1 - slide.unreadable_share(grid, block.tile.write)
-                clipped = _clip(block, grid, tissue, predictor.spec)
-                pending.append(writer.submit(store.write, clipped, readable=readable))
+                pending.append(writer.submit(write, block))
                 while len(pending) > WRITES_PENDING:
                     pending.popleft().result()
                 written += 1
@@ -253,10 +257,8 @@ def _clip(
         head.stride: tissue.window(grid.coarsen(head.stride), block.tile.write.coarsen(head.stride))
         for head in spec.heads
     }
-    arrays = {
-        key: pixels * keep[spec.head(key.rsplit("/", 1)[0]).stride]
-        for key, pixels in block.arrays.items()
-    }
+    maps = spec.maps
+    arrays = {key: pixels * keep[maps[key].stride] for key, pixels in block.arrays.items()}
     return PredictionBlock(tile=block.tile, arrays=arrays)
 
 

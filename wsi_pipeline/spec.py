@@ -185,6 +185,17 @@ class ModelSpec:
         raise KeyError(name)
 
     @property
+    def maps(self) -> dict[str, HeadSpec]:
+        """Names of all stored maps, ``<name>/prob`` and ``<name>/class``, and their heads."""
+        named: dict[str, HeadSpec] = {}
+        for head in self.heads:
+            if head.prob_channels:
+                named[f"{head.name}/prob"] = head
+            if head.has_class_map:
+                named[f"{head.name}/class"] = head
+        return named
+
+    @property
     def instance_heads(self) -> tuple[HeadSpec, ...]:
         """The heads that yield objects."""
         return tuple(head for head in self.heads if head.kind == "instance")

@@ -36,7 +36,7 @@ from wsi_pipeline.durable import disk_errors, partial_path, publish_directory, r
 from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.ome import build_pyramid, create_array, multiscale, ome_attributes
-from wsi_pipeline.spec import HeadSpec, ModelSpec
+from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import Tile, TileGrid
 
 __all__ = ["PredictionBlock", "PredictionStore", "open_maps"]
@@ -86,8 +86,9 @@ class PredictionStore:
         self.pixel_size: tuple[float, float] = tuple(self.meta["mpp"])
         self.tile_px: int = self.meta["tile_px"]
         self._group = group
-        self._heads = {head.name: _group(group, head.name) for head in self.spec.heads}
-        self._arrays = {key: _array(group, key) for key in _keys(self.spec)}
+        self._groups = {head.name: _group(group, head.name) for head in self.spec.heads}
+        self._maps = self.spec.maps
+        self._arrays = {key: _array(group, key) for key in self.spec.maps}
         self._blocks: Pixels = np.asarray(_array(group, "blocks")[:], np.uint8)
         self._cache = _ChunkCache(CACHE_BYTES)
 
@@ -178,7 +179,7 @@ class PredictionStore:
             raise StoreError(msg)
         with disk_errors(self.path):
             for key, pixels in block.arrays.items():
-                box = block.tile.write.coarsen(self.spec.head(_head_name(key)).stride)
+                box = block.tile.write.coarsen(self._maps[key].stride)
                 self._write_chunks(key, box, pixels)
             row = block.tile.row
             self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
@@ -233,7 +234,7 @@ class PredictionStore:
 
     def _chunk(self, key: str, box: Box) -> Pixels | None:
         """Return the pixels of one chunk, or None where nothing was predicted."""
-        tile = self.tile_px // self.spec.head(_head_name(key)).stride
+        tile = self.tile_px // self._maps[key].stride
         if not self._blocks[box.y // tile, box.x // tile]:
             return None
         return self._cache.get((key, box), lambda: self._decode(key, box))
@@ -260,7 +261,7 @@ class PredictionStore:
         with disk_errors(final):
             entries = []
             for key in self._arrays:
-                head = self.spec.head(_head_name(key))
+                head = self._maps[key]
                 entries.append(
                     multiscale(
                         key,
@@ -272,8 +273,8 @@ class PredictionStore:
                     )
                 )
             for head in self.spec.heads:
-                own = [m for m in entries if _head_name(m["name"]) == head.name]
-                self._heads[head.name].attrs["ome"] = ome_attributes(own, below=head.name)
+                own = [m for m in entries if self._maps[m["name"]] is head]
+                self._groups[head.name].attrs["ome"] = ome_attributes(own, below=head.name)
             self._group.attrs["ome"] = ome_attributes(entries)
             for orphan in self.path.rglob("*.partial"):
                 orphan.unlink()
@@ -325,20 +326,6 @@ def open_maps(path: Path | str) -> dict[str, da.Array]:
     }
 
 
-def _keys(spec: ModelSpec) -> list[str]:
-    keys = []
-    for head in spec.heads:
-        if head.prob_channels:
-            keys.append(f"{head.name}/prob")
-        if head.has_class_map:
-            keys.append(f"{head.name}/class")
-    return keys
-
-
-def _head_name(key: str) -> str:
-    return key.rsplit("/", 1)[0]
-
-
 def _open(path: Path) -> PredictionStore | None:
     """Open whatever lies at a path; None where it is not, or no longer, a store to go on with.
 
@@ -357,8 +344,7 @@ def _open(path: Path) -> PredictionStore | None:
 def _template(path: Path, spec: ModelSpec, tiles: TileGrid, meta: dict[str, Any]) -> zarr.Group:
     group = zarr.create_group(path, zarr_format=3)
     chunk_px = _chunk_px(tiles.tile_px)
-    for key in _keys(spec):
-        head: HeadSpec = spec.head(_head_name(key))
+    for key, head in spec.maps.items():
         if chunk_px % head.stride:
             msg = f"head {head.name!r}: tile size {tiles.tile_px} is no multiple of its stride"
             raise StoreError(msg)
