@@ -91,7 +91,7 @@ def test_unfit_inputs_are_refused(network, shape):
 @pytest.mark.parametrize(
     "change",
     [
-        {"architecture": "unet"},
+        {"architecture": "resnet"},
         {"options": {"depth": 3}},
         {"options": {"widths": [4, 4, 4]}},
         {"heads": (dataclasses.replace(SPEC.heads[0], name="train"),)},

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from wsi_pipeline.errors import ModelBundleError
-from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
+from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, PeakRules, RunRules
 
 HEADS = (
     HeadSpec(
@@ -29,6 +29,13 @@ HEADS = (
         inside_parent=True,
     ),
     HeadSpec(name="tissue", kind="patch", classes=("glass", "stroma"), stride=16),
+    HeadSpec(
+        name="ring",
+        kind="detect",
+        object_kind="signet-ring",
+        rules=PeakRules(threshold=0.4, min_distance_um=5.0, max_size_um=50.0),
+        parent="gland",
+    ),
 )
 
 
@@ -47,9 +54,13 @@ def test_lookups():
     assert model.class_head("gland") is None
     assert model.patch_head.name == "tissue"
     assert [h.name for h in model.instance_heads] == ["nuclei", "gland", "lumen"]
+    assert [h.name for h in model.object_heads] == ["nuclei", "gland", "lumen", "ring"]
     assert model.head("gland").logit_channels == 3
     assert model.head("tissue").prob_channels == ("glass", "stroma")
     assert model.head("nuclei-class").prob_channels == ()
+    assert model.head("ring").logit_channels == 3
+    assert model.head("ring").prob_channels == ("heat", "width", "height")
+    assert {name for name in model.maps if name.startswith("ring/")} == {"ring/prob"}
     with pytest.raises(KeyError):
         model.head("other")
 
@@ -68,6 +79,14 @@ def test_lookups():
         (lambda d: d["heads"][1].update(stride=2), "same stride"),
         (lambda d: d["heads"][3].update(parent="nuclei"), "stride|run rules"),
         (lambda d: d["heads"][3].update(parent=None), "needs a parent"),
+        (lambda d: d["heads"][5].update(rules=None), "lacks 'rules'"),
+        (lambda d: d["heads"][5].update(rules=d["heads"][2]["rules"]), "takes peak rules"),
+        (lambda d: d["heads"][5].update(inside_parent=True), "no inside_parent"),
+        (lambda d: d["heads"][0].update(rules=d["heads"][5]["rules"]), "for detect heads"),
+        (lambda d: d["heads"][5]["rules"].update(threshold=1.0), "threshold from 0 to 1"),
+        (lambda d: d["heads"][5]["rules"].update(min_distance_um=-1), "a distance"),
+        (lambda d: d["heads"][5]["rules"].update(max_size_um=0), "positive size"),
+        (lambda d: d["heads"][1].update(classifies="ring"), "no other instance head"),
         (lambda d: d["heads"].append(d["heads"][0]), "twice"),
         (lambda d: d.update(halo_px=100), "multiple of 16"),
         (lambda d: d.pop("mpp"), "mpp"),

@@ -6,7 +6,7 @@ A bundle is a folder::
     weights.safetensors            its tensors, or shards listed in
       weights.safetensors.index.json   {"weight_map": {tensor: file}}
     card.md                        purpose, data, licence, limits, citation
-    metrics.json, train.toml       scores, recipe (optional)
+    metrics.json, train.toml       scores, recipe (optional), pictures for the card
 
 Its digest is the SHA-256 of ``spec.json`` and the weight files: what decides the maps.
 Nothing in a bundle is ever unpickled.
@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,7 @@ def save_bundle(
     card: str,
     metrics: Mapping[str, Any] | None = None,
     recipe: str | None = None,
+    pictures: Mapping[str, Path] | None = None,
 ) -> ModelBundle:
     """Write a bundle: complete under its name, or not at all.
 
@@ -157,6 +159,7 @@ def save_bundle(
         card: text of ``card.md``.
         metrics: content of ``metrics.json``.
         recipe: text of ``train.toml``.
+        pictures: files to copy, by their names in the bundle; the card may show them.
 
     Raises:
         ModelBundleError: the tensors do not fit the spec.
@@ -180,6 +183,8 @@ def save_bundle(
     for name, text in texts.items():
         if text is not None:
             (beside / name).write_text(text, encoding="utf-8")
+    for name, picture in (pictures or {}).items():
+        shutil.copyfile(picture, beside / name)
     save_file(tensors, beside / _WEIGHTS, metadata={"format": "pt"})
     (beside / _WEIGHTS).chmod(0o644)  # it is written for its owner alone
     publish_directory(beside, path)

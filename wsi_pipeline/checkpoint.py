@@ -1,8 +1,9 @@
-"""Upstream's Cerberus checkpoint: its tensors by our names, and the spec they imply.
+"""Checkpoints from elsewhere, their tensors by our names: upstream's Cerberus, torchvision.
 
-Facts of the file format: ``torch.save`` of a dict whose ``desc`` is the network's state
+Facts of upstream's format: ``torch.save`` of a dict whose ``desc`` is the network's state
 dict, every key prefixed with ``module.`` (it was saved from DataParallel). Decoders and
-channels are read off the tensors; the settings file beside it is not needed.
+channels are read off the tensors; the settings file beside it is not needed. Its backbone
+bears torchvision's names.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 
-__all__ = ["CerberusCheckpoint", "read_cerberus"]
+__all__ = [
+    "CerberusCheckpoint",
+    "ResNetCheckpoint",
+    "cerberus_heads",
+    "load_pickled",
+    "read_cerberus",
+    "read_torchvision",
+]
 
 _CLASSES = {
     "nuclei-class": (
@@ -43,6 +53,10 @@ _HEAD_NAMES = {
     "Patch-Class": "tissue",
 }
 """Upstream's decoders and our heads."""
+
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError,
+               TypeError, AttributeError)  # fmt: skip
+"""What torch raises for bytes that are no checkpoint: it follows them as far as they go."""
 
 _COUNTER = ".num_batches_tracked"
 
@@ -78,6 +92,16 @@ class CerberusCheckpoint:
     """Upstream's keys left out: the unused classifier ``backbone.fc``, batch counters."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResNetCheckpoint:
+    """A ResNet of torchvision's, in our words."""
+
+    tensors: Mapping[str, Tensor]
+    """Of the encoder, by our names."""
+    skipped: tuple[str, ...]
+    """Keys of the file left out: its classifier ``fc``, batch counters."""
+
+
 def read_cerberus(path: Path, *, name: str) -> CerberusCheckpoint:
     """Read ``weights.tar`` without unpickling anything but tensors.
 
@@ -105,20 +129,84 @@ def read_cerberus(path: Path, *, name: str) -> CerberusCheckpoint:
     )
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_torchvision(path: Path) -> ResNetCheckpoint:
+    """Read the state dict of torchvision's ``resnet18`` or ``resnet34``.
+
+    The shapes are those of ``cerberus``' encoder of the same depth. Two things differ from
+    where they were trained: torchvision's first convolution has stride 2, ours has 1, and
+    ImageNet's pixels were standardised, ours are scaled to 0..1. The weights are a starting
+    point, not a network that works as it is.
+
+    Args:
+        path: what ``torch.save(model.state_dict(), path)`` wrote, or a ``.safetensors`` file.
+
+    Raises:
+        ModelBundleError: no such file, a ResNet of bottleneck blocks (50 layers and more), or
+            tensors of no known place.
+    """
+    state = _without_module(_read_flat(path))
+    possible = "torchvision's resnet18 and resnet34 can be read"
+    if any(re.match(r"layer\d\.\d+\.conv3\.", key) for key in state):
+        msg = f"{path} holds a ResNet of bottleneck blocks (resnet50 and deeper); {possible}"
+        raise ModelBundleError(msg)
+    skipped = tuple(key for key in state if key.startswith("fc.") or key.endswith(_COUNTER))
+    # Upstream's backbone is torchvision's ResNet: one table of names does for both.
+    renamed = {key: _our_name(f"backbone.{key}") for key in state if key not in skipped}
+    unknown = [key for key, name in renamed.items() if not name.startswith("encoder.")]
+    if unknown or "conv1.weight" not in renamed:
+        found = ", ".join((unknown or list(state))[:8])
+        msg = f"{path} is no state dict of a ResNet of basic blocks: found {found}; {possible}"
+        raise ModelBundleError(msg)
+    tensors = {name: state[key] for key, name in renamed.items()}
+    return ResNetCheckpoint(tensors=tensors, skipped=skipped)
+
+
+def _read_flat(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise ModelBundleError(f"{path} cannot be read: {error}") from error
+    content = load_pickled(path)
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content)
+        raise ModelBundleError(f"{path} holds no state dict (names and tensors); found {found}")
+    return {str(key): tensor for key, tensor in content.items()}
+
+
+def load_pickled(path: Path) -> Any:  # noqa: ANN401 - whatever was pickled
+    """Read what ``torch.save`` wrote, if it is tensors and plain values alone.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The content, its tensors on the CPU.
+
+    Raises:
+        ModelBundleError: no such file, damaged, or it wants to run code.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        msg = f"{path} cannot be read as a checkpoint of tensors alone: {error}"
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        msg = f"{path} cannot be read as a checkpoint of tensors alone: {error!r}"
         raise ModelBundleError(msg) from error
+
+
+def _without_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "module."
+    if all(key.startswith(prefix) for key in state):
+        return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    content = load_pickled(path)
     state = content.get("desc") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content)
         raise ModelBundleError(f"{path} has no tensors under 'desc'; found {found}")
-    prefix = "module."
-    if all(key.startswith(prefix) for key in state):
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
+    return _without_module(state)
 
 
 def _our_name(key: str) -> str:
@@ -129,7 +217,7 @@ def _our_name(key: str) -> str:
 
 def _cerberus_spec(tensors: Mapping[str, Tensor], *, name: str) -> ModelSpec:
     names = {key.split(".")[1] for key in tensors if key.startswith("heads.")}
-    heads = tuple(head for head in _cerberus_heads(names) if head.name in names)
+    heads = tuple(head for head in cerberus_heads(names) if head.name in names)
     if not heads:
         raise ModelBundleError("the checkpoint holds no decoder of a known name")
     for head in heads:
@@ -170,9 +258,14 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return tuple(tensors[name].shape)
 
 
-def _cerberus_heads(names: set[str]) -> tuple[HeadSpec, ...]:
-    """Upstream's six heads with its post-processing constants; the map scale is ours."""
-    gland = "gland" if "gland" in names else None
+def cerberus_heads(names: set[str] | None = None) -> tuple[HeadSpec, ...]:
+    """Return upstream's six heads with its post-processing constants; the map scale is ours.
+
+    Args:
+        names: the heads that the network has; nuclei and lumina have a parent only if there
+            are glands. None: all of them.
+    """
+    gland = "gland" if names is None or "gland" in names else None
     return (
         HeadSpec(
             name="nuclei", kind="instance", object_kind="nucleus", rules=AnchorRules(), parent=gland

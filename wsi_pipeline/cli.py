@@ -8,18 +8,15 @@ command again to go on.
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.command import EXIT_FAILED, exit_if_interrupted, plain_errors, signals
+from wsi_pipeline.learning import evaluate_command, train_command
 
 if TYPE_CHECKING:
     from wsi_pipeline.api import Plan
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
     from wsi_pipeline.progress import BarWatcher, LineWatcher
 
 __all__ = ["main_run", "main_wsi", "run", "wsi"]
-
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_CTRL_C = 1, 2, 75, 130
 
 
 def _auto_or_number(
@@ -41,16 +36,6 @@ def _auto_or_number(
         message = f"{value!r} is neither a positive whole number nor 'auto'"
         raise click.BadParameter(message, param=parameter)
     return int(value)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Show our own errors, and those of files and folders, as a message and no traceback."""
-    try:
-        yield
-    except (WsiPipelineError, OSError, ValueError) as error:
-        click.echo(f"Error: {error}", err=True)
-        raise SystemExit(EXIT_USAGE) from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -179,7 +164,7 @@ def run(
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, force=True
     )
-    with _plain_errors(), _signals() as caught:
+    with plain_errors(), signals() as caught:
         from wsi_pipeline.api import execute, plan_run
 
         plan = plan_run(
@@ -195,13 +180,14 @@ def run(
             watcher.close()
         if log_format == "text":
             _print_end(reports, plan)
-    if caught:
-        raise SystemExit(EXIT_CTRL_C if signal.SIGINT in caught else EXIT_INTERRUPTED)
+    exit_if_interrupted(caught)
     if any(not report.done for report in reports):
         raise SystemExit(EXIT_FAILED)
 
 
 wsi.add_command(run)
+wsi.add_command(train_command)
+wsi.add_command(evaluate_command)
 
 
 @wsi.command()
@@ -210,7 +196,7 @@ def status(folder: Path) -> None:
     """Say of each slide of a run in FOLDER whether it is done, failed, interrupted or missing."""
     from wsi_pipeline.describe import slide_states
 
-    with _plain_errors():
+    with plain_errors():
         states = slide_states(folder)
     for state in states:
         click.echo(f"{state.slide_id}\t{state.state}" + (f"\t{state.reason}" * bool(state.reason)))
@@ -228,7 +214,7 @@ def info(file: str, mpp: float | None) -> None:
     """Say what FILE is: a slide, a table, a store of maps or a model; its mpp and provenance."""
     from wsi_pipeline.describe import describe_file
 
-    with _plain_errors():
+    with plain_errors():
         for line in describe_file(file, mpp=mpp):
             click.echo(line)
 
@@ -260,7 +246,7 @@ def synth(out: Path, width: int, height: int, mpp: float, seed: int, compression
     """Write a synthetic H&E slide OUT.svs, and its truth to OUT.truth.parquet."""
     from wsi_pipeline.synth import write_slide
 
-    with _plain_errors():
+    with plain_errors():
         truth = write_slide(
             out,
             width=width,
@@ -280,7 +266,7 @@ def models(context: click.Context) -> None:
         return
     from wsi_pipeline.bundle import DEFAULT_BUNDLE, list_bundles
 
-    with _plain_errors():
+    with plain_errors():
         for bundle in list_bundles():
             mark = " (default)" if bundle.spec.name == DEFAULT_BUNDLE else ""
             click.echo(f"{bundle.spec.name}{mark}\t{bundle.digest[:12]}\t{bundle.spec.description}")
@@ -295,33 +281,10 @@ def import_cerberus_command(weights: Path, out: Path) -> None:
     """Convert upstream's checkpoint WEIGHTS (weights.tar) to a bundle."""
     from wsi_pipeline.bundle import import_cerberus
 
-    with _plain_errors():
+    with plain_errors():
         bundle = import_cerberus(weights, out)
     click.echo(f"{bundle.path}: {bundle.spec.description}")
     click.echo(f"run it with: wsi-run SLIDES... --out DIR --model {out}")
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect requests to stop; a second Ctrl-C stops at once."""
-    caught: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        name = signal.Signals(number).name
-        os.write(2, f"{name}: finishing the block in work, then stopping\n".encode())
-
-    wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, note) for number in wanted}
-    try:
-        yield caught
-    except KeyboardInterrupt:
-        raise SystemExit(EXIT_CTRL_C) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _watcher(total: int, *, bars: bool | None, json_lines: bool) -> BarWatcher | LineWatcher:

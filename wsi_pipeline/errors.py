@@ -14,6 +14,8 @@
     │   └── DiskFullError               disk_full
     ├── StoreError                      internal
     ├── TableError                      internal
+    ├── DatasetError                    internal (annotated images: nothing was trained on them)
+    ├── RecipeError                     internal (what to train makes no sense)
     ├── JobError                        internal (mostly wrong use: nothing was started)
     └── Interrupted                     asked to stop: run the same command again
 
@@ -23,6 +25,7 @@ A message says what was asked, what was found and what to do next.
 from __future__ import annotations
 
 __all__ = [
+    "DatasetError",
     "DiskFullError",
     "ImplausiblePixelSizeError",
     "Interrupted",
@@ -31,6 +34,7 @@ __all__ = [
     "MissingPixelSizeError",
     "ModelBundleError",
     "OutOfMemoryError",
+    "RecipeError",
     "ResourceError",
     "SlideError",
     "StoreError",
@@ -105,6 +109,14 @@ class StoreError(WsiPipelineError):
 
 class TableError(WsiPipelineError):
     """An objects or tissue table cannot be read or written."""
+
+
+class DatasetError(WsiPipelineError):
+    """Annotated images are missing, or contradict what their layout promises."""
+
+
+class RecipeError(WsiPipelineError):
+    """A training recipe is incomplete, contradicts itself, or names what is not there."""
 
 
 class JobError(WsiPipelineError):

@@ -75,27 +75,39 @@ class TorchPredictor:
 
     def __init__(
         self,
-        bundle: ModelBundle,
+        spec: ModelSpec,
+        network: nn.Module,
         *,
         device: str,
         precision: str,
         tile_px: int,
+        halo_px: int,
         batch_size: int,
         workers: int,
     ) -> None:
-        self.spec: ModelSpec = bundle.spec
-        self.name: str = bundle.name
-        self.digest: str = bundle.digest
+        """Take a network that is ready.
+
+        Args:
+            spec: what the network promises.
+            network: in evaluation mode; it is moved to the device and the precision.
+            device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
+            precision: ``fp32``, ``bf16``, ``fp16``.
+            tile_px: side of a write box, a multiple of 16 and of the heads' strides.
+            halo_px: margin around it that the network sees, a multiple of the same.
+            batch_size: tiles a pass.
+            workers: threads that read.
+        """
+        self.spec = spec
         self.device = device
         self.precision = precision
         self.tile_px = tile_px
-        self.halo_px: int = bundle.spec.halo_px
+        self.halo_px = halo_px
         self.batch_size = batch_size
         self.workers = workers
         # Tiles the device takes at once; out-of-memory halves it. A CPU gains nothing by more
         # than one, and its kernels round differently by the number.
         self._limit = 1 if device == "cpu" else batch_size
-        network = bundle.load_network().to(device=device, dtype=DTYPES[precision])
+        network = network.to(device=device, dtype=DTYPES[precision])
         self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
@@ -137,10 +149,12 @@ class TorchPredictor:
             raise JobError(msg)
         read_px = tile_px + 2 * bundle.spec.halo_px
         predictor = cls(
-            bundle,
+            bundle.spec,
+            bundle.load_network(),
             device=device,
             precision=precision,
             tile_px=tile_px,
+            halo_px=bundle.spec.halo_px,
             batch_size=_positive("batch size", batch_size, auto=auto_batch(device, read_px)),
             workers=_positive("workers", workers, auto=auto_workers(device)),
         )
@@ -239,7 +253,9 @@ class TorchPredictor:
             msg = f"head {head.name!r}: stride {head.stride} on logits of scale {scale}"
             raise ModelBundleError(msg)
         kept = slice(self.halo_px // scale, (self.halo_px + self.tile_px) // scale)
-        prob_BCHW = logits_BCHW[:, :, kept, kept].float().softmax(1)
+        kept_BCHW = logits_BCHW[:, :, kept, kept].float()
+        # A detect head's channels do not exclude each other.
+        prob_BCHW = kept_BCHW.sigmoid() if head.kind == "detect" else kept_BCHW.softmax(1)
         if head.stride > scale:
             prob_BCHW = functional.avg_pool2d(prob_BCHW, head.stride // scale)
         maps = {}

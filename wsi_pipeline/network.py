@@ -6,6 +6,8 @@
     cerberus          ResNet-34 with a stride-1 stem, one U-Net decoder a head, and a
                       dense patch classifier at the bottleneck
     stain-baseline    colour deconvolution and local contrast; see ``stain.py``
+    unet, segnet      U-Net and SegNet, for a comparison; see ``comparison.py``
+    medt              Medical Transformer, likewise; see ``medt.py``
 
     x (B, 3, H, W) 0..255 -> stem -> stage 0 -> stage 1 -> stage 2 -> stage 3
                               | 1     | 1/2      | 1/4      | 1/8      | 1/16
@@ -14,10 +16,11 @@
                               +-------+----------+----------+-> (+) decoder, one a head
 
 Every network takes ``(B, 3, H, W)`` floats 0..255, RGB, with H and W multiples of 16, and
-returns ``{head name: logits}``. The logits' scale (input pixels a logit) divides the head's
-stride: 1 for the segmentation heads of ``cerberus``, 16 for its patch heads, 1 or 2 for
-``stain-baseline``. Suffixes name the
-axes: ``x_BCHW``.
+returns ``{head name: logits}``. In training, ``rows`` says which samples of the batch each head
+is computed for; heads it does not name do not run at all. (Nothing of ``stain-baseline`` is
+learned, so it has no ``rows``.) The logits' scale (input pixels a logit) divides the head's
+stride: 1 for the segmentation heads of ``cerberus`` and the comparison networks, 16 for
+``cerberus``' patch heads, 1 or 2 for ``stain-baseline``. Suffixes name the axes: ``x_BCHW``.
 
 ``cerberus`` is the network of Graham et al., "One model is all you need" (Medical Image
 Analysis 2023); ResNet is He et al. (CVPR 2016).
@@ -25,13 +28,16 @@ Analysis 2023); ResNet is He et al. (CVPR 2016).
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wsi_pipeline.comparison import SegNet, UNet
 from wsi_pipeline.errors import ModelBundleError
+from wsi_pipeline.medt import MedT
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.stain import StainBaseline
 
@@ -59,6 +65,9 @@ def build_network(spec: ModelSpec) -> nn.Module:
     architectures: dict[str, Callable[..., nn.Module]] = {
         "cerberus": Cerberus,
         "stain-baseline": StainBaseline,
+        "unet": UNet,
+        "segnet": SegNet,
+        "medt": MedT,
     }
     if spec.architecture not in architectures:
         msg = f"architecture {spec.architecture!r} is none of {sorted(architectures)}"
@@ -104,23 +113,35 @@ class Cerberus(nn.Module):
                 module = _SegmentationHead(widths, head_width, head.logit_channels)
             self.heads[head.name] = module
         self.apply(_initialise)
+        for head in heads:
+            last = "conv2" if head.kind == "patch" else "output.logits"
+            _begin_undecided(self.heads[head.name].get_submodule(last), few=head.kind == "detect")
 
-    def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
-        """Compute the logits of every head.
+    def forward(
+        self, x_BCHW: Tensor, rows: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the logits of the heads.
 
         Args:
             x_BCHW: ``(B, 3, H, W)`` floats 0..255, RGB.
+            rows: for each wanted head, ``(n,)`` int64 indices of the samples it is computed
+                for. None: every head for every sample.
 
         Returns:
-            ``(B, C, H, W)`` logits a segmentation head, ``(B, C, H/16, W/16)`` a patch head.
+            ``(n, C, H, W)`` logits a segmentation head, ``(n, C, H/16, W/16)`` a patch head.
         """
         _check_input(x_BCHW)
         *skips, bottleneck = self.encoder(x_BCHW / 255)
         mapped = self.project(bottleneck)
-        return {
-            name: head(bottleneck) if isinstance(head, _PatchHead) else head(mapped, skips)
-            for name, head in self.heads.items()
-        }
+        logits = {}
+        for name, head in self.heads.items():
+            if rows is not None and name not in rows:
+                continue
+            inputs = [bottleneck] if isinstance(head, _PatchHead) else [mapped, *skips]
+            if rows is not None and len(rows[name]) < len(x_BCHW):
+                inputs = [map_BCHW[rows[name]] for map_BCHW in inputs]
+            logits[name] = head(*inputs)
+        return logits
 
 
 class _Encoder(nn.Module):
@@ -157,15 +178,20 @@ class _Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
+        self.stride = stride
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or width_in != width:
-            conv = nn.Conv2d(width_in, width, 1, stride=stride, bias=False)
+            conv = nn.Conv2d(width_in, width, 1, bias=False)
             self.shortcut = nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(width)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = functional.relu(self.norm1(self.conv1(x_BCHW)), inplace=True)
         y_BCHW = self.norm2(self.conv2(y_BCHW))
-        y_BCHW = y_BCHW + (x_BCHW if self.shortcut is None else self.shortcut(x_BCHW))
+        if self.shortcut is not None:
+            # A 1 x 1 convolution of every second pixel. Written with stride=2, its backward pass
+            # in oneDNN (torch 2.13, channels last, 8 to 12 channels) writes beyond its memory.
+            x_BCHW = self.shortcut(x_BCHW[:, :, :: self.stride, :: self.stride])
+        y_BCHW = y_BCHW + x_BCHW
         return functional.relu(y_BCHW, inplace=True)
 
 
@@ -184,7 +210,7 @@ class _SegmentationHead(nn.Module):
             OrderedDict(hidden=hidden, logits=nn.Conv2d(head_width, channels, 1))
         )
 
-    def forward(self, mapped_BCHW: Tensor, skips: Sequence[Tensor]) -> Tensor:
+    def forward(self, mapped_BCHW: Tensor, *skips: Tensor) -> Tensor:
         x_BCHW = mapped_BCHW
         for stage, skip_BCHW in zip(self.stages, reversed(skips), strict=True):
             x_BCHW = functional.interpolate(
@@ -229,6 +255,20 @@ def _unit(width_in: int, width_out: int, *, kernel: int = 3, bias: bool = True) 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _begin_undecided(logits: nn.Module, *, few: bool) -> None:
+    """Start a head with nearly equal logits: a confident guess must be unlearnt first.
+
+    A detect head (``few``) starts at a heat of 1 % everywhere, as centres are rare (Lin et al.,
+    "Focal Loss", 2017, 4.1).
+    """
+    assert isinstance(logits, nn.Conv2d)
+    assert logits.bias is not None
+    nn.init.normal_(logits.weight, std=0.01 if few else 0.1)
+    nn.init.zeros_(logits.bias)
+    if few:
+        nn.init.constant_(logits.bias[:1], math.log(0.01 / 0.99))
 
 
 def _check_input(x_BCHW: Tensor) -> None:

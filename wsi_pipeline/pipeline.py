@@ -31,7 +31,7 @@ from wsi_pipeline.instances import extract_objects, outline_polygons
 from wsi_pipeline.job import SlideJob, versions
 from wsi_pipeline.preview import draw_preview, write_preview
 from wsi_pipeline.slide import PixelSize, Slide
-from wsi_pipeline.spec import AnchorRules, ModelSpec
+from wsi_pipeline.spec import AnchorRules, ModelSpec, PeakRules
 from wsi_pipeline.store import PredictionBlock, PredictionStore
 from wsi_pipeline.table import ObjectWriter, read_centroids, read_objects, write_tissue
 from wsi_pipeline.tiling import TileGrid
@@ -157,7 +157,7 @@ def polygonize(
                 writer.write(batch)
             metadata["truncated"] = report.truncated = extraction.truncated
             metadata["oversized"] = extraction.oversized
-            report.counts = {h.object_kind or h.name: 0 for h in store.spec.instance_heads}
+            report.counts = {h.object_kind or h.name: 0 for h in store.spec.object_heads}
             report.counts.update(writer.counts)
     if extraction.oversized:
         attempt.log("oversized", level="warning", objects=extraction.oversized)
@@ -346,8 +346,10 @@ def _pixel_um2(grid: PixelGrid, store: PredictionStore) -> float:
 
 def _write_preview(attempt: Attempt, predicted: Predicted) -> None:
     """Draw large objects as outlines and the small ones as a density, from the table."""
-    job, heads = attempt.job, predicted.store.spec.instance_heads
-    small = next((h.object_kind for h in heads if isinstance(h.rules, AnchorRules)), None)
+    job, heads = attempt.job, predicted.store.spec.object_heads
+    # Boxes are few beside nuclei, and better drawn one by one; alone they are the density.
+    by_rules = {type(h.rules): h.object_kind for h in reversed(heads)}
+    small = by_rules.get(AnchorRules) or by_rules.get(PeakRules)
     large = [h.object_kind for h in heads if h.object_kind and h.object_kind != small]
     points = np.zeros((0, 2))
     if small is not None:

@@ -9,9 +9,12 @@ kind      network's logits                stored maps
 instance  background, inner, contour      ``<name>/prob`` (2, H, W): inner, contour
 class     one channel a class, 0 = none   ``<name>/class`` (H, W): argmax
 patch     one channel a class             ``<name>/prob`` (C, H, W), ``<name>/class``
+detect    heat, width, height             ``<name>/prob`` (3, H, W): the same
 ========  ==============================  ============================================
 
-Probabilities are stored as uint8, 255 = 1.0.
+Probabilities are stored as uint8, 255 = 1.0. A detect head's channels pass through a sigmoid:
+heat is the probability that an object's centre is here, width and height are shares of the
+rules' ``max_size_um``.
 """
 
 from __future__ import annotations
@@ -23,9 +26,17 @@ from typing import Any, Literal, TypeVar
 
 from wsi_pipeline.errors import ModelBundleError
 
-__all__ = ["AnchorRules", "HeadKind", "HeadSpec", "ModelSpec", "RunRules"]
+__all__ = [
+    "AnchorRules",
+    "HeadKind",
+    "HeadSpec",
+    "ModelSpec",
+    "PeakRules",
+    "RunRules",
+    "head_from_json",
+]
 
-HeadKind = Literal["instance", "class", "patch"]
+HeadKind = Literal["instance", "class", "patch", "detect"]
 T = TypeVar("T")
 
 
@@ -75,21 +86,45 @@ class RunRules:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PeakRules:
+    """Objects found by their centre: a pixel whose heat is the highest of its surroundings.
+
+    The object is the box of the size that the map states at that pixel. Of equal pixels the
+    first in raster order counts, so that windows agree.
+    """
+
+    threshold: float = 0.3
+    """A centre's heat is above this."""
+    min_distance_um: float = 6.0
+    """No pixel within this distance of a centre has more heat."""
+    max_size_um: float = 64.0
+    """Width and height that the value 1.0 of the size channels stands for."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1 or self.min_distance_um < 0 or not self.max_size_um > 0:
+            msg = (
+                f"peak rules: a threshold from 0 to 1, a distance and a positive size wanted, "
+                f"not {self.threshold}, {self.min_distance_um} um, {self.max_size_um} um"
+            )
+            raise ModelBundleError(msg)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HeadSpec:
     """One output of the network."""
 
     name: str
     """Key of the head in maps and in the network."""
     kind: HeadKind
-    """``instance``, ``class`` or ``patch``."""
+    """``instance``, ``class``, ``patch`` or ``detect``."""
     stride: int = 1
     """Pixels of the model's mpp that one stored map pixel spans, in x and y."""
     classes: tuple[str, ...] = ()
     """Class names by id, id 0 first. For a class head, id 0 means "none"."""
     object_kind: str | None = None
-    """Instance heads: the value of the table's ``kind`` column."""
-    rules: AnchorRules | RunRules | None = None
-    """Instance heads: how maps become objects."""
+    """Instance and detect heads: the value of the table's ``kind`` column."""
+    rules: AnchorRules | RunRules | PeakRules | None = None
+    """Instance and detect heads: how maps become objects."""
     classifies: str | None = None
     """Class heads: the instance head whose objects vote here."""
     parent: str | None = None
@@ -103,8 +138,15 @@ class HeadSpec:
             raise ModelBundleError(f"head {self.name!r}: stride must be 1 or more")
         if self.kind == "instance":
             self._require("object_kind", "rules")
+            if isinstance(self.rules, PeakRules):
+                raise ModelBundleError(f"head {self.name!r}: peak rules are for detect heads")
             if self.inside_parent and self.parent is None:
                 raise ModelBundleError(f"head {self.name!r}: inside_parent needs a parent")
+        elif self.kind == "detect":
+            self._require("object_kind", "rules")
+            if not isinstance(self.rules, PeakRules) or self.inside_parent:
+                msg = f"detect head {self.name!r} takes peak rules and no inside_parent"
+                raise ModelBundleError(msg)
         else:
             self._require("classes")
             if len(self.classes) > 255:
@@ -121,17 +163,22 @@ class HeadSpec:
     @property
     def logit_channels(self) -> int:
         """Channels the network puts out for this head."""
-        return 3 if self.kind == "instance" else len(self.classes)
+        return 3 if self.kind in ("instance", "detect") else len(self.classes)
 
     @property
     def prob_channels(self) -> tuple[str, ...]:
         """Names of the channels of ``<name>/prob``; empty where only classes are kept."""
-        return {"instance": ("inner", "contour"), "class": (), "patch": self.classes}[self.kind]
+        return {
+            "instance": ("inner", "contour"),
+            "class": (),
+            "patch": self.classes,
+            "detect": ("heat", "width", "height"),
+        }[self.kind]
 
     @property
     def has_class_map(self) -> bool:
         """Whether ``<name>/class`` exists."""
-        return self.kind != "instance"
+        return self.kind in ("class", "patch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,8 +244,13 @@ class ModelSpec:
 
     @property
     def instance_heads(self) -> tuple[HeadSpec, ...]:
-        """The heads that yield objects."""
+        """The heads that tell objects by their pixels."""
         return tuple(head for head in self.heads if head.kind == "instance")
+
+    @property
+    def object_heads(self) -> tuple[HeadSpec, ...]:
+        """The heads that yield objects, by their pixels or by their boxes."""
+        return tuple(head for head in self.heads if head.kind in ("instance", "detect"))
 
     @property
     def patch_head(self) -> HeadSpec | None:
@@ -227,17 +279,26 @@ class ModelSpec:
         """
         try:
             data = json.loads(text)
-            heads = tuple(_head_from(dict(head)) for head in data.pop("heads"))
+            heads = tuple(head_from_json(dict(head)) for head in data.pop("heads"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelBundleError(f"spec.json cannot be read: {error!r}") from error
         return _build(cls, {**data, "heads": heads}, "spec.json")
 
 
-_RULES: dict[str, type[AnchorRules] | type[RunRules]] = {"anchor": AnchorRules, "run": RunRules}
+_RULES: dict[str, type[AnchorRules] | type[RunRules] | type[PeakRules]] = {
+    "anchor": AnchorRules,
+    "run": RunRules,
+    "peak": PeakRules,
+}
 _RULES_BY_TYPE = {kind: name for name, kind in _RULES.items()}
 
 
-def _head_from(data: dict[str, Any]) -> HeadSpec:
+def head_from_json(data: dict[str, Any]) -> HeadSpec:
+    """Read one head as ``spec.json`` writes it; ``data`` is changed.
+
+    Raises:
+        ModelBundleError: a key missing or unknown.
+    """
     rules = data.get("rules")
     if rules is not None:
         rules = dict(rules)

@@ -1,8 +1,9 @@
 """Maps to objects: the rows of the table, in their final order, as a stream.
 
 Heads with anchor rules go through :mod:`wsi_pipeline.instances.anchors`, heads with run rules
-through :mod:`wsi_pipeline.instances.regions`; neither result depends on the window, the halo or
-the number of threads, and the order of rows is a function of the objects alone:
+through :mod:`wsi_pipeline.instances.regions`, heads with peak rules through
+:mod:`wsi_pipeline.instances.peaks`; no result depends on the window, the halo or the number of
+threads, and the order of rows is a function of the objects alone:
 
     head (as the model lists them), panel (column of 8192 px), cell (2048 px; row by
     row within the panel), ``object_id``
@@ -12,7 +13,7 @@ Windows are walked panel by panel, so only the cells of one row of windows are h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,11 +26,12 @@ from wsi_pipeline.instances.anchors import AnchorFinder
 from wsi_pipeline.instances.heads import HeadMaps, MapStore, Objects
 from wsi_pipeline.instances.kernels import Ints
 from wsi_pipeline.instances.parallel import ordered_map
+from wsi_pipeline.instances.peaks import PeakFinder
 from wsi_pipeline.instances.regions import Regions, find_regions, lay_tiles
 from wsi_pipeline.instances.rows import ID_BITS, RowMaker
 from wsi_pipeline.instances.runs import Runs
 from wsi_pipeline.instances.tracing import trace_runs
-from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
+from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, PeakRules, RunRules
 
 __all__ = ["Extraction", "extract_objects", "outline_polygons"]
 
@@ -165,10 +167,12 @@ class _Walk:
                 stop=self.stop,
             )
         make = RowMaker(self.store, self.slide_id, regions)
-        for head in self.store.spec.instance_heads:
+        for head in self.store.spec.object_heads:
             maps = HeadMaps(store=self.store, head=head)
             if isinstance(head.rules, AnchorRules):
                 yield from self._anchored(maps, head.rules, make)
+            elif isinstance(head.rules, PeakRules):
+                yield from self._peaked(maps, head.rules, make)
             else:
                 yield from self._drawn(maps, regions[head.name], make)
 
@@ -188,9 +192,27 @@ class _Walk:
         self, maps: HeadMaps, rules: AnchorRules, make: RowMaker
     ) -> Iterator[pa.RecordBatch]:
         finder = AnchorFinder(maps, rules)
+        find = partial(finder.find, halo_px=self.halo_px)
+        if (yield from self._in_windows(maps, find, make)):
+            # Where one was met depends on the windows; how many there are does not.
+            scan = partial(ordered_map, workers=self.workers, stop=self.stop)
+            tiles = lay_tiles(maps.grid.box, self.window_px)
+            self.extraction.oversized += finder.count_oversized(list(scan(finder.core_runs, tiles)))
 
-        def find(tile: Box) -> tuple[pa.RecordBatch | None, int, bool]:
-            objects, oversized = finder.find(tile, self.halo_px)
+    def _peaked(self, maps: HeadMaps, rules: PeakRules, make: RowMaker) -> Iterator[pa.RecordBatch]:
+        finder = PeakFinder(maps, rules)
+        yield from self._in_windows(maps, lambda tile: (finder.find(tile), False), make)
+
+    def _in_windows(
+        self,
+        maps: HeadMaps,
+        find: Callable[[Box], tuple[Objects | None, bool]],
+        make: RowMaker,
+    ) -> Generator[pa.RecordBatch, None, bool]:
+        """Yield rows of the objects that each window owns; return whether any was oversized."""
+
+        def rows(tile: Box) -> tuple[pa.RecordBatch | None, int, bool]:
+            objects, oversized = find(tile)
             if objects is None:
                 return None, 0, oversized
             return make.rows(maps, objects), _at_border(maps, objects), oversized
@@ -200,7 +222,7 @@ class _Walk:
         for panel in _panels(maps):
             held: list[pa.RecordBatch] = []
             tiles = lay_tiles(panel, self.window_px)
-            results = ordered_map(find, tiles, workers=self.workers, stop=self.stop)
+            results = ordered_map(rows, tiles, workers=self.workers, stop=self.stop)
             for tile, (batch, truncated, oversized) in zip(tiles, results, strict=True):
                 self.extraction.truncated += truncated
                 any_oversized |= oversized
@@ -211,11 +233,7 @@ class _Walk:
                     done = maps.grid.size[1] if last else tile.y1 // cell * cell
                     ready, held = _split(maps, held, done)
                     yield from ready
-        if any_oversized:
-            # Where one was met depends on the windows; how many there are does not.
-            scan = partial(ordered_map, workers=self.workers, stop=self.stop)
-            tiles = lay_tiles(maps.grid.box, self.window_px)
-            self.extraction.oversized += finder.count_oversized(list(scan(finder.core_runs, tiles)))
+        return any_oversized
 
 
 def _panels(maps: HeadMaps) -> Iterator[Box]:

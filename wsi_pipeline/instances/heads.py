@@ -1,4 +1,4 @@
-"""The maps of one instance head, measured in that head's own pixels."""
+"""The maps of one head that yields objects, measured in that head's own pixels."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ class Objects:
     """Some objects of one head."""
 
     anchors: Ints
-    """(N, 2) int64 x, y of each core's raster-first pixel: what identifies the object."""
+    """(N, 2) int64 x, y of each core's raster-first pixel, or of the peak: what identifies the
+    object."""
     outlines: Outlines
     """Polygons and their measures."""
     sums: Ints
-    """(N, 2) int64: pixels of the label (filled holes are not), summed inner values."""
+    """(N, 2) int64: pixels of the label (filled holes are not), summed inner values; of a box
+    1 and the heat."""
     votes: Ints
     """(N, C) int64: pixels of the label by class id; C is 0 without a class head."""
     parents: Ints | None = None
@@ -66,12 +68,12 @@ class Objects:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadMaps:
-    """One instance head of a store, with its class head if it has one."""
+    """One instance or detect head of a store, with its class head if it has one."""
 
     store: MapStore
     """Where the maps are."""
     head: HeadSpec
-    """An instance head of the store's model."""
+    """A head of the store's model that yields objects."""
 
     @property
     def grid(self) -> PixelGrid:
@@ -94,10 +96,9 @@ class HeadMaps:
         """Number of class ids, "none" included; 0 without a class head."""
         return len(self.class_head.classes) if self.class_head else 0
 
-    def probabilities(self, box: Box) -> tuple[Ints, Ints]:
-        """Return inner and contour maps of a box, (h, w) uint8, not to be written to."""
-        inner, contour = self.store.read(f"{self.head.name}/prob", box)
-        return _plain(inner), _plain(contour)
+    def probabilities(self, box: Box) -> tuple[Ints, ...]:
+        """Return the head's ``prob_channels`` of a box, (h, w) uint8, not to be written to."""
+        return tuple(_plain(channel) for channel in self.store.read(f"{self.head.name}/prob", box))
 
     def classes(self, box: Box) -> Ints:
         """Return the class ids of a box, (h, w) uint8; one zero without a class head."""

@@ -28,7 +28,7 @@ class RowMaker:
         self._slide_ids = pa.array([slide_id])
         self._regions = regions
         # The same dictionaries in every batch, so that batches can be joined freely.
-        self._kinds = _distinct(head.object_kind for head in self._spec.instance_heads)
+        self._kinds = _distinct(head.object_kind for head in self._spec.object_heads)
         self._classes = _distinct(
             name for head in self._spec.heads if head.kind == "class" for name in head.classes[1:]
         )
@@ -178,7 +178,9 @@ def _shape_columns(maps: HeadMaps, objects: Objects) -> dict[str, Ints]:
     steps = [outlines.column(f"steps_{name}") for name in ("x", "y", "diagonal")]
     diagonal = np.sqrt(mx * mx + my * my) / 2
     # Each corner cut costs 1/8 pixel or adds it: -1/2 for the outer ring, +1/2 for a hole.
-    polygon = area - 0.5 + 0.5 * (outlines.ring_counts - 1)
+    # A ring without diagonal steps is a stated box, whose corners are not cut.
+    cut = np.where(steps[2] > 0, 0.5, 0.0)
+    polygon = area - cut + 0.5 * (outlines.ring_counts - 1)
     return {
         "area_um2": _float(area * (mx * my)),
         "perimeter_um": _float(steps[0] * mx + steps[1] * my + steps[2] * diagonal),

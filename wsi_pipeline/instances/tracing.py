@@ -52,7 +52,7 @@ class Outlines:
     """Rings and measures of objects on one pixel grid."""
 
     measures: Ints
-    """(N, 14) int64, see :data:`MEASURES`."""
+    """(N, 14) int64, see :data:`MEASURES`; float64 for boxes, whose edges may halve pixels."""
     vertices: Ints
     """(V, 2) int32 ring vertices in half-pixels of the grid; rings are not closed."""
     ring_ends: Ints

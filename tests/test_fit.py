@@ -1,0 +1,249 @@
+import json
+import math
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import write_discs, write_recipe
+
+from wsi_pipeline.bundle import open_bundle
+from wsi_pipeline.errors import Interrupted, RecipeError
+from wsi_pipeline.training.begin import begin
+from wsi_pipeline.training.fit import Learner, learning_rate, train
+from wsi_pipeline.training.loader import load_batches
+from wsi_pipeline.training.ranks import Ranks
+from wsi_pipeline.training.recipe import Schedule, read_recipe
+from wsi_pipeline.training.sampler import Sampler
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("discs")
+    return write_recipe(folder, write_discs(folder / "data"))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "model"
+    train(read_recipe(recipe), out, device="cpu")
+    return out
+
+
+def weights(bundle: Path) -> bytes:
+    return (bundle / "weights.safetensors").read_bytes()
+
+
+def rows(bundle: Path) -> list[dict]:
+    log = bundle.with_name(bundle.name + ".training") / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_a_whole_bundle_is_written(whole, recipe):
+    bundle = open_bundle(whole)
+    assert bundle.spec.name == "model"
+    assert bundle.load_network()
+    assert (whole / "train.toml").read_text() == recipe.read_text()
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert metrics["steps"] == 6
+    assert metrics["step"] in (3, 6)
+    assert set(metrics["validation"]["nuclei"]) == {"pq"}
+    assert {row["part"]: row["images"] for row in metrics["data"]} == {"train": 4, "validation": 4}
+    card = (whole / "card.md").read_text()
+    for words in ("discs", "| plain | train | 4 | 4 | nuclei |", "seed 3", "Not for"):
+        assert words in card
+    for picture in ("curves.png", "examples.png"):
+        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_log_has_a_line_a_step_with_losses_and_rate(whole):
+    steps = [row for row in rows(whole) if "losses" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert set(steps[0]["losses"]) == {"nuclei/ce", "nuclei/dice"}
+    for row in steps:
+        assert row["loss"] == pytest.approx(sum(row["losses"].values()), rel=1e-5)
+        assert row["samples"] == {"nuclei": 4}
+    assert [row["step"] for row in rows(whole) if "validation" in row] == [3, 6]
+    (first,) = [row["begin"] for row in rows(whole) if "begin" in row]
+    assert first["start"] is None
+    assert first["parameters"] > 1000
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 5])
+def test_interrupted_is_uninterrupted(recipe, whole, tmp_path, stop_after):
+    out = tmp_path / "model"
+    asked = iter([False] * (stop_after - 1 - stop_after // 4) + [True] * 9)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        train(read_recipe(recipe), out, device="cpu", stop=lambda: next(asked))
+    assert not out.exists()
+    assert rows(out)[-1]["step"] == stop_after
+    train(read_recipe(recipe), out, device="cpu")
+    assert weights(out) == weights(whole)
+    assert rows(out) == rows(whole)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(recipe, whole, tmp_path):
+    out = tmp_path / "model"
+
+    def die(row):
+        if row.get("step") == 5 and "losses" in row:
+            raise KeyboardInterrupt
+
+    # rows are looked at every 20 steps and at checkpoints: the kill comes after step 6's learning
+    with pytest.raises(KeyboardInterrupt):
+        train(read_recipe(recipe), out, device="cpu", on_row=die)
+    with (out.with_name("model.training") / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "los')  # half a line
+    train(read_recipe(recipe), out, device="cpu")
+    assert weights(out) == weights(whole)
+    assert [row["step"] for row in rows(out) if "losses" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_seed_gives_other_weights_and_the_number_of_threads_does_not(
+    recipe, whole, tmp_path
+):
+    train(read_recipe(recipe, ["batches.workers=3"]), tmp_path / "model", device="cpu")
+    assert weights(tmp_path / "model") == weights(whole)
+    train(read_recipe(recipe, ["seed=4"]), tmp_path / "other", device="cpu")
+    assert weights(tmp_path / "other") != weights(whole)
+
+
+def test_it_learns(recipe, tmp_path):
+    steps = ["schedule.steps=120", "validation.every=60", "batches.size=8", "schedule.ema=0.95"]
+    train(read_recipe(recipe, steps), tmp_path / "model", device="cpu")
+    losses = [row["loss"] for row in rows(tmp_path / "model") if "losses" in row]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    score = json.loads((tmp_path / "model" / "metrics.json").read_text())["score"]
+    assert score > 0.5  # PQ of discs; an untrained network has 0
+
+
+def test_it_stops_early(recipe, tmp_path):
+    wanted = ["schedule.steps=400", "validation.every=2", "validation.patience=2"]
+    slow = [*wanted, "schedule.learning_rate=1e-9"]  # nothing will get better
+    train(read_recipe(recipe, slow), tmp_path / "model", device="cpu")
+    assert json.loads((tmp_path / "model" / "metrics.json").read_text())["steps"] < 20
+
+
+def test_without_validation_images_the_last_weights_are_kept(recipe, tmp_path):
+    wanted = ["source.0.split=false", "schedule.steps=4"]
+    train(read_recipe(recipe, wanted), tmp_path / "model", device="cpu")
+    metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
+    assert metrics["step"] == 4
+    assert metrics["validation"] == {}
+    assert "no image was held out" in (tmp_path / "model" / "card.md").read_text()
+
+
+def test_another_recipe_is_refused_until_restarted(recipe, whole, tmp_path):
+    out = tmp_path / "model"
+    asked = iter([True])
+    with pytest.raises(Interrupted):
+        train(read_recipe(recipe), out, device="cpu", stop=lambda: next(asked))
+    with pytest.raises(RecipeError, match="--restart"):
+        train(read_recipe(recipe, ["seed=9"]), out, device="cpu")
+    train(read_recipe(recipe, ["seed=9"]), out, device="cpu", restart=True)
+    assert weights(out) != weights(whole)
+
+
+def test_a_damaged_checkpoint_is_said(recipe, tmp_path):
+    folder = tmp_path / "model.training"
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes(b"nonsense")
+    with pytest.raises(RecipeError, match=r"checkpoint\.pt cannot be read.*--restart"):
+        train(read_recipe(recipe), tmp_path / "model", device="cpu")
+
+
+def test_losses_that_are_no_numbers_end_the_run(recipe, tmp_path):
+    wild = read_recipe(recipe, ["schedule.learning_rate=1e30", "schedule.clip_norm=0"])
+    with pytest.raises(RecipeError, match="lower learning_rate"):
+        train(wild, tmp_path / "model", device="cpu")
+
+
+def learner(recipe, *overrides) -> tuple[Learner, object]:
+    read = read_recipe(recipe, overrides)
+    start = begin(read, name="x", device="cpu")
+    found = Learner(read, start.spec, start.network, Ranks(rank=0, world=1, device="cpu"))
+    sampler = Sampler(start.sizes, read.batches, seed=read.seed)
+    return found, islice(load_batches(start.sources, sampler, start.spec, workers=1), 5)
+
+
+def test_frozen_parts_stay_as_they_are_and_thaw_when_told(recipe):
+    frozen, batches = learner(recipe, 'freeze.thaw={"encoder"=2}')
+    before = {k: v.clone() for k, v in frozen.network.state_dict().items()}
+    frozen.learn(next(batches))
+    frozen.learn(next(batches))
+    state = frozen.network.state_dict()
+    assert all(torch.equal(state[k], before[k]) for k in state if k.startswith("encoder."))
+    assert not torch.equal(state["project.weight"], before["project.weight"])
+    frozen.learn(next(batches))
+    changed = frozen.network.state_dict()
+    assert not torch.equal(changed["encoder.stem.conv.weight"], before["encoder.stem.conv.weight"])
+    mean = "encoder.stem.norm.running_mean"
+    assert not torch.equal(changed[mean], before[mean])
+
+
+def test_the_moving_average_is_an_average(recipe):
+    plain, batches = learner(recipe, "schedule.ema=0.5")
+    own = plain.averaged.state_dict()["project.weight"].clone()
+    for step in range(3):
+        plain.learn(next(batches))
+        decay = min(0.5, (1 + step) / (10 + step))
+        own = decay * own + (1 - decay) * plain.network.state_dict()["project.weight"]
+    assert torch.allclose(plain.averaged.state_dict()["project.weight"], own, atol=1e-6)
+    none, batches = learner(recipe, "schedule.ema=0")
+    none.learn(next(batches))
+    for name, tensor in none.network.state_dict().items():
+        if tensor.is_floating_point():
+            assert torch.equal(none.averaged.state_dict()[name], tensor), name
+
+
+def test_gradients_are_clipped(recipe):
+    norms = {}
+    for clip in (0.001, 0):
+        one, batches = learner(recipe, f"schedule.clip_norm={clip}")
+        one.learn(next(batches))
+        grads = [p.grad.flatten() for p in one.network.parameters() if p.grad is not None]
+        norms[clip] = float(torch.cat(grads).norm())
+    assert norms[0.001] == pytest.approx(0.001, rel=1e-3)
+    assert norms[0] > 0.01
+
+
+def test_learning_rates():
+    paper = Schedule()
+    assert [learning_rate(paper, s) for s in (0, 69_999, 70_000, 89_999)] == pytest.approx(
+        [1e-3, 1e-3, 1e-4, 1e-4]
+    )
+    cosine = Schedule(steps=110, decay="cosine", warmup=10, learning_rate=2.0)
+    assert learning_rate(cosine, 0) == pytest.approx(0.2)
+    assert learning_rate(cosine, 9) == pytest.approx(2.0)
+    assert learning_rate(cosine, 60) == pytest.approx(2.0 * (0.01 + 0.99 / 2))
+    assert learning_rate(cosine, 110) == pytest.approx(0.02)
+    for bad in ({"steps": 0}, {"learning_rate": 0.0}, {"ema": 1.0}):
+        with pytest.raises(RecipeError):
+            Schedule(**bad)
+
+
+def test_half_precision_learns_too(recipe):
+    half, batches = learner(recipe, 'schedule.precision="bf16"')
+    full, same = learner(recipe)
+    a, b = half.learn(next(batches)), full.learn(next(same))
+    assert math.isclose(float(a.total), float(b.total), rel_tol=0.05)
+    assert float(a.total) != float(b.total)
+    assert half.network.state_dict()["project.weight"].dtype == torch.float32
+
+
+def test_torchrun_trains_one_model_on_two_processes(recipe, tmp_path):
+    out = tmp_path / "model"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "wsi_pipeline", "train", str(recipe), "--out", str(out), "--device", "cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert load_file(out / "weights.safetensors")
+    steps = [row for row in rows(out) if "losses" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(row["samples"] == {"nuclei": 2} for row in steps)  # its half of each batch
+    assert len([row for row in rows(out) if "begin" in row]) == 1

@@ -1,0 +1,181 @@
+from pathlib import Path
+
+import pytest
+
+from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.spec import HeadSpec, ModelSpec, PeakRules, RunRules
+from wsi_pipeline.training.recipe import Recipe, model_spec, read_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "workflows" / "recipes").glob("*.toml"))
+
+MINIMAL = """
+[model]
+architecture = "cerberus"
+mpp = 0.5
+heads = ["gland"]
+[[source]]
+path = "data"
+"""
+
+
+def read(tmp_path, text=MINIMAL, *overrides) -> Recipe:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    return read_recipe(path, overrides)
+
+
+def test_a_minimal_recipe_has_the_papers_defaults(tmp_path):
+    recipe = read(tmp_path)
+    assert recipe.source[0].path == tmp_path / "data"
+    assert (recipe.schedule.steps, recipe.schedule.optimiser) == (90_000, "adam")
+    assert recipe.schedule.milestones == (70_000,)
+    assert recipe.text == MINIMAL
+    spec = model_spec(recipe, None, name="mine")
+    assert [head.name for head in spec.heads] == ["gland"]
+    assert (spec.name, spec.mpp, spec.halo_px) == ("mine", 0.5, 160)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_come_with_the_project_can_be_read(path, monkeypatch):
+    for name in ("WSI_DATA", "WSI_DATASETS", "WSI_BUNDLE"):
+        monkeypatch.setenv(name, "/somewhere")
+    recipe = read_recipe(path)
+    assert recipe.description
+    if not (recipe.start.bundle or recipe.start.model):
+        spec = model_spec(recipe, None, name=path.stem)
+        assert set(recipe.heads) <= {head.name for head in spec.heads}
+
+
+def test_all_the_recipes_are_there():
+    assert {path.stem for path in RECIPES} == {
+        "cerberus", "cerberus-plus", "ebhi-seg", "gland", "lumen", "nuclei", "signet-ring", "small",
+        "subtyping", "tissue",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps = ", "cannot be read as a recipe"),
+        (MINIMAL + "[shedule]\nsteps = 3", r"unknown keys \['shedule'\]; known are .*schedule"),
+        (MINIMAL + "[schedule]\nsteps = 'many'", "schedule: steps: int wanted, not 'many'"),
+        (MINIMAL + "[schedule]\nsteps = true", "schedule: steps: int wanted, not True"),
+        (MINIMAL + "[schedule]\ndecay = 'linear'", "'linear' is none of .*cosine"),
+        (MINIMAL + "[schedule]\nmilestones = ['a']", "milestones: int wanted, not 'a'"),
+        (MINIMAL + "[schedule]\nsteps = 0", "steps >= 1"),
+        (MINIMAL + "[heads.gland]\nchannel_weights = [1, 2]", "3 values wanted"),
+        (MINIMAL + "[batches]\nmode = 1", "none of"),
+        (MINIMAL + "[[source]]\nlayout = 'glas'", r"\['path'\] must be given"),
+        (MINIMAL + "[[source]]\npath = '$NO_SUCH_NAME_HERE/x'", "environment variable that is not"),
+        ("[model]\nmpp = 0.5", r"names no \[\[source\]\]"),
+        ("source = 3", "source: tuple.* wanted, not 3"),
+        ("source = [3]", "a table wanted, not 3"),
+    ],
+)
+def test_one_clear_error(tmp_path, text, words):
+    with pytest.raises(RecipeError, match=words):
+        read(tmp_path, text)
+
+
+def test_start_and_pretrain_together(tmp_path):
+    both = MINIMAL + "[start]\nmodel = 'x'\n[[pretrain.slide]]\npath = 'a.svs'"
+    with pytest.raises(RecipeError, match="keep one"):
+        read(tmp_path, both)
+
+
+def test_overrides(tmp_path):
+    recipe = read(
+        tmp_path,
+        MINIMAL,
+        "schedule.steps=7",
+        "source.0.mpp=0.25",
+        'source.0.layout="plain"',
+        "model.options.widths=[4,6,8,10]",
+        "heads.gland.weight=2",
+    )
+    assert recipe.schedule.steps == 7
+    assert (recipe.source[0].mpp, recipe.source[0].layout) == (0.25, "plain")
+    assert recipe.model.options == {"widths": [4, 6, 8, 10]}
+    assert recipe.heads["gland"].weight == 2.0
+    # what is written into the bundle says so, and is still TOML
+    assert "# changed: schedule.steps=7" in recipe.text
+    again = read(tmp_path, recipe.text)
+    assert (again.schedule, again.source, again.model) == (
+        recipe.schedule, recipe.source, recipe.model,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps", "KEY=VALUE"),
+        ("schedule.steps=many", "no TOML value"),
+        ("source.9.mpp=1", "no such place"),
+        ("source.x.mpp=1", "no such place"),
+        ("description.x=1", "no such place"),
+        ("schedule.step=1", "unknown keys"),
+    ],
+)
+def test_overrides_that_fit_nowhere(tmp_path, override, words):
+    with pytest.raises(RecipeError, match=words):
+        read(tmp_path, "description = 'd'" + MINIMAL, override)
+
+
+def test_heads_of_a_bundle_are_kept_replaced_and_added_to(tmp_path):
+    base = ModelSpec(
+        name="old",
+        architecture="cerberus",
+        mpp=0.4,
+        halo_px=64,
+        heads=(
+            HeadSpec(
+                name="gland", kind="instance", stride=2, object_kind="gland", rules=RunRules()
+            ),
+            HeadSpec(name="tissue", kind="patch", stride=16, classes=("a", "b")),
+        ),
+        options={"widths": [1, 2, 3, 4]},
+    )
+    text = """
+    [model]
+    options = { head_width = 9 }
+    heads = [
+      "lumen",
+      { name = "tissue", kind = "patch", stride = 16, classes = ["x", "y", "z"] },
+      { name = "cells", kind = "detect", object_kind = "cell", rules = { by = "peak" } },
+    ]
+    [[source]]
+    path = "data"
+    """
+    spec = model_spec(read(tmp_path, text), base, name="new")
+    assert [head.name for head in spec.heads] == ["gland", "tissue", "lumen", "cells"]
+    assert spec.head("tissue").classes == ("x", "y", "z")
+    assert spec.head("lumen").parent == "gland"
+    assert spec.head("cells").rules == PeakRules()
+    assert (spec.mpp, spec.halo_px, spec.name) == (0.4, 64, "new")
+    assert spec.options == {"widths": [1, 2, 3, 4], "head_width": 9}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("heads = ['gland']", r"lacks \['architecture', 'mpp'\]"),
+        ("architecture = 'cerberus'\nmpp = 0.5", r"lacks \['heads'\]"),
+        ("architecture = 'cerberus'\nmpp = 0.5\nheads = ['glands']", "none of .*gland"),
+        (
+            "architecture = 'cerberus'\nmpp = 0.5\nheads = [{name = 'a', kind = 'patch'}]",
+            "lacks 'classes'",
+        ),
+        ("architecture = 'cerberus'\nmpp = 0.5\nhalo_px = 7\nheads = ['gland']", "multiple of 16"),
+        ("architecture = 'cerberus'\nmpp = 0.5\nheads = ['nuclei-class']", "no other instance"),
+    ],
+)
+def test_a_model_that_cannot_be_built(tmp_path, model, words):
+    recipe = read(tmp_path, f"[model]\n{model}\n[[source]]\npath = 'data'")
+    with pytest.raises(RecipeError, match=words):
+        model_spec(recipe, None, name="x")
+
+
+def test_a_lumen_without_a_gland_has_no_parent(tmp_path):
+    recipe = read(tmp_path, MINIMAL.replace('"gland"', '"lumen"'))
+    (head,) = model_spec(recipe, None, name="x").heads
+    assert (head.parent, head.inside_parent) == (None, False)

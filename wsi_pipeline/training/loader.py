@@ -1,0 +1,91 @@
+"""Threads that cut windows ahead of the network."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from wsi_pipeline.machine import available_cpus
+from wsi_pipeline.spec import ModelSpec
+from wsi_pipeline.training.batch import Batch
+from wsi_pipeline.training.sampler import Sampler, Slot
+from wsi_pipeline.training.sources import Source, Window, collate
+
+__all__ = ["WINDOW_SCALE", "Loaded", "load_batches"]
+
+WINDOW_SCALE = 2
+"""Side of a window in sides of a crop: a crop that is turned by 45 degrees and shrunk to 0.7
+still lies inside."""
+_AHEAD = 3
+"""Batches in preparation while the network works."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A batch of windows, as far as this rank computes it."""
+
+    windows: Batch
+    """On the CPU."""
+    seeds: tuple[int, ...]
+    """One a window, for augmentation."""
+    crop_px: int
+    """Side of the crops to cut."""
+
+
+def load_batches(
+    sources: Sequence[Source],
+    sampler: Sampler,
+    spec: ModelSpec,
+    *,
+    first_step: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Loaded]:
+    """Yield the batches of a run from a step on, without end.
+
+    A window depends on its slot alone, not on the number of threads or ranks.
+
+    Args:
+        sources: in the sampler's order.
+        sampler: says what goes into each batch.
+        spec: the network's.
+        first_step: how many batches to leave out.
+        workers: threads; 0: what suits the machine.
+        rank: this process takes every ``world``-th slot from here on.
+        world: number of processes.
+
+    Raises:
+        DatasetError: an image cannot be read; it comes when its batch is asked for.
+    """
+    threads = workers or max(1, min(16, available_cpus() - 1))
+    waiting: deque[tuple[int, tuple[Slot, ...], list[Future[Window]]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="windows") as pool:
+        try:
+            for batch in sampler.batches(first_step):
+                crop_px = sampler.crop_px(batch)
+                own = batch[rank::world]
+                cut = [pool.submit(_cut, sources, slot, crop_px) for slot in own]
+                waiting.append((crop_px, own, cut))
+                if len(waiting) > _AHEAD:
+                    yield _collect(*waiting.popleft(), spec)
+        finally:
+            for _, _, cut in waiting:
+                for future in cut:
+                    future.cancel()
+
+
+def _cut(sources: Sequence[Source], slot: Slot, crop_px: int) -> Window:
+    rng = np.random.default_rng(slot.seed)
+    return sources[slot.source].window(slot.image, rng, crop_px * WINDOW_SCALE)
+
+
+def _collect(
+    crop_px: int, slots: Sequence[Slot], cut: Sequence[Future[Window]], spec: ModelSpec
+) -> Loaded:
+    windows = collate([future.result() for future in cut], spec)
+    return Loaded(windows=windows, seeds=tuple(slot.seed for slot in slots), crop_px=crop_px)

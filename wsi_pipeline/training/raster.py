@@ -1,0 +1,50 @@
+"""Polygons to pixels: a pixel belongs to a polygon if its centre lies inside."""
+
+from __future__ import annotations
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from skimage.draw import polygon as pixels_inside
+
+__all__ = ["fill_polygons"]
+
+
+def fill_polygons(polygons: NDArray[np.object_], shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """Draw polygons as a label image.
+
+    The outlines that the pipeline draws run along the edges of pixels, so they come back as
+    exactly the pixels they were drawn around.
+
+    Args:
+        polygons: (N,) shapely polygons or multipolygons in pixels of the image; (0, 0) is the
+            corner of the first pixel.
+        shape: (H, W).
+
+    Returns:
+        (H, W): number of the polygon + 1, 0 where there is none. Where polygons overlap the
+        later one wins.
+    """
+    ids = np.zeros(shape[:2], np.int32)
+    for number, shape_ in enumerate(polygons, start=1):
+        for part in shapely.get_parts(shape_):
+            rings = [np.asarray(ring.coords) for ring in (part.exterior, *part.interiors)]
+            _fill(ids, rings, number)
+    return ids
+
+
+def _fill(ids: NDArray[np.int32], rings: list[NDArray[np.float64]], number: int) -> None:
+    outer, *holes = rings
+    left, top = np.floor(outer.min(axis=0)).astype(int)
+    right, bottom = np.ceil(outer.max(axis=0)).astype(int)
+    inside = np.zeros((bottom - top, right - left), np.bool_)
+    for ring, value in [(outer, True), *((hole, False) for hole in holes)]:
+        # skimage has pixel centres at whole numbers, we have them at halves.
+        ring = ring - (left + 0.5, top + 0.5)
+        y, x = pixels_inside(ring[:, 1], ring[:, 0], inside.shape)  # type: ignore[no-untyped-call]
+        inside[y, x] = value
+    rows = slice(max(top, 0), min(bottom, ids.shape[0]))
+    columns = slice(max(left, 0), min(right, ids.shape[1]))
+    if rows.start < rows.stop and columns.start < columns.stop:
+        own = inside[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+        ids[rows, columns][own] = number
