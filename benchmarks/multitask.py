@@ -1,6 +1,6 @@
 """Does one network for several tasks lose against a network a task? Same images, same budget.
 
-    python benchmarks/multitask.py DATA [--steps 400] [--seeds 1 2 3] [--work FOLDER] [--device cpu]
+    python benchmarks/multitask.py DATA [--steps 500] [--seeds 1 2 3] [--work FOLDER] [--device cpu]
 
 DATA is the folder of the data kit (glands_ebhi, nuclei_dsb2018_CC0, nuclei_monuseg_NC).
 
@@ -27,7 +27,7 @@ from wsi_pipeline.training.recipe import read_recipe
 from wsi_pipeline.training.scoring import score_bundle
 
 RECIPE = """
-description = "{heads}"
+description = "{row}"
 seed = {seed}
 [model]
 architecture = "cerberus"
@@ -40,11 +40,6 @@ mode = "mixed"
 size = 8
 crop_px = 128
 workers = 1
-[heads.nuclei]
-element_um = 2.5
-channel_weights = [1.0, 1.0, 2.0]
-[heads.gland]
-element_um = 5.5
 [schedule]
 steps = {steps}
 optimiser = "adamw"
@@ -63,6 +58,9 @@ layout = "dsb2018"
 path = "{data}/nuclei_dsb2018_CC0"
 mpp = 0.25
 task = "nuclei"
+[heads.nuclei]
+element_um = 1.5
+channel_weights = [1.0, 2.0, 1.0]
 """
 GLANDS = """
 [[source]]
@@ -71,6 +69,8 @@ path = "{data}/glands_ebhi"
 mpp = 1.05
 heads = {{ gland-class = "" }}
 task = "gland"
+[heads.gland]
+element_um = 5.5
 """
 ROWS = {
     "mixed": (["nuclei", "gland", "lumen"], NUCLEI + GLANDS, 1.0),
@@ -91,19 +91,22 @@ def run(row: str, seed: int, options: argparse.Namespace, work: Path) -> dict[st
         return json.loads(kept.read_text())
     heads, sources, share = ROWS[row]
     recipe = work / f"{name}.toml"
-    # TOML offers text without escapes in single quotes.
     data = options.data.resolve()
     recipe.write_text(
         RECIPE.format(
+            row=row,
             heads=json.dumps(heads),
             seed=seed,
             sources=sources.format(data=data),
             steps=round(options.steps * share),
-        ).replace(f'"{json.dumps(heads)}"', f"'{', '.join(heads)}'")
+        )
     )
     bundle = work / name
     train(read_recipe(recipe), bundle, device=options.device)
-    scores = _scores("", score_bundle(bundle, recipe, resamples=0, device=options.device))
+    held_out = score_bundle(
+        bundle, recipe, resamples=0, device=options.device, at_most=options.images
+    )
+    scores = _scores("", held_out)
     if "nuclei" in heads:
         monuseg = score_bundle(
             bundle, data / "nuclei_monuseg_NC", layout="monuseg", resamples=0, device=options.device
@@ -125,8 +128,9 @@ def _scores(prefix: str, found) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--images", type=int, default=60, help="held-out images to judge")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()

@@ -141,25 +141,31 @@ def test_several_tasks_at_once(name, tmp_path):
         out,
         f"source=[{DSB}, {GLAND}, {LUMEN}, {kather(classes=True)}]",
         "start={}",
-        "schedule.steps=240",
-        "validation.every=240",
+        "schedule.steps=300",
+        "validation.every=300",
         "batches.tasks={nuclei=0.4, gland=0.18, lumen=0.18, tissue=0.24}",
         # the kit's nuclei have no classes: a head that nobody labels would be refused
         f"model.heads={json.dumps(['nuclei', 'gland', 'lumen', 'tissue'])}"
         if name == "cerberus-plus"
         else 'model.heads=[{name="nuclei", kind="instance", object_kind="nucleus", '
         'rules={by="run", min_core_um2=2.0, grow_um=1.5}}, "gland", "lumen", "tissue"]',
-        "heads={nuclei={element_um=1.5}, gland={weight=1.4, element_um=5.5}, lumen={weight=1.5}, "
-        "tissue={weight=1.0}}"
-        if name == "cerberus-plus"
-        else "heads={nuclei={contour=false}, gland={weight=1.4, element_um=5.5, contour=false}, "
-        "lumen={weight=1.5, contour=false}, tissue={weight=1.0}}",
+        "heads={"
+        + ", ".join(
+            f"{head}={{contour={json.dumps(name == 'cerberus-plus')}, element_um={element_um}, "
+            f"channel_weights=[1.0, {inner}, 1.0]}}"
+            for head, element_um, inner in (
+                ("nuclei", 1.5, 3.0),  # few pixels: so few steps would find none of them
+                ("gland", 5.5, 1.0),
+                ("lumen", 1.5, 3.0),
+            )
+        )
+        + "}",
     )
     assert {key.split("/")[0] for row in losses for key in row} == {
         "nuclei", "gland", "lumen", "tissue",
     }  # fmt: skip
     for head in ("nuclei", "gland", "lumen", "tissue"):
-        assert fell(losses, head), head
+        assert fell(losses, head, 0.97 if head == "tissue" else 0.9), head
     found = judged(out)
     for head, margin in (("nuclei", 0.1), ("gland", 0.05), ("lumen", 0.1)):
         assert balanced(found, head) > 0.5 + margin, head
