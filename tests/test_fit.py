@@ -247,3 +247,18 @@ def test_torchrun_trains_one_model_on_two_processes(recipe, tmp_path):
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert all(row["samples"] == {"nuclei": 2} for row in steps)  # its half of each batch
     assert len([row for row in rows(out) if "begin" in row]) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-3), ("bf16", 5e-2)])
+def test_a_gpu_learns_what_a_cpu_learns(recipe, precision, tolerance):
+    found = {}
+    for device in ("cpu", "cuda"):
+        read = read_recipe(recipe, [f'schedule.precision="{precision}"'])
+        start = begin(read, name="x", device=device)
+        own = Learner(read, start.spec, start.network, Ranks(rank=0, world=1, device=device))
+        sampler = Sampler(start.sizes, read.batches, seed=read.seed)
+        batches = islice(load_batches(start.sources, sampler, start.spec, workers=1), 3)
+        found[device] = [float(own.learn(batch).total) for batch in batches]
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=tolerance)

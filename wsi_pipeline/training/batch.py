@@ -12,7 +12,7 @@ whatever follows never meets an unlabelled sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,14 +41,20 @@ class Batch:
     """By detect head: (n, S, S) bool, True where nobody annotated."""
 
     def to(self, device: str) -> Batch:
-        """Move everything to a device."""
+        """Move everything to a device; from pinned memory without waiting."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Copy everything to pinned memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def all_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(tensor) for name, tensor in tensors.items()}
+
         return Batch(
-            pixels=self.pixels.to(device, non_blocking=True),
-            rows=_moved(self.rows, device),
-            labels=_moved(self.labels, device),
-            unknown=_moved(self.unknown, device),
+            pixels=change(self.pixels),
+            rows=all_of(self.rows),
+            labels=all_of(self.labels),
+            unknown=all_of(self.unknown),
         )
-
-
-def _moved(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Threads that cut windows ahead of the network."""
+"""Threads that cut windows ahead of the network, and one that joins them into batches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.spec import ModelSpec
@@ -29,7 +30,7 @@ class Loaded:
     """A batch of windows, as far as this rank computes it."""
 
     windows: Batch
-    """On the CPU."""
+    """On the CPU, in pinned memory where there is a CUDA device."""
     seeds: tuple[int, ...]
     """One a window, for augmentation."""
     crop_px: int
@@ -63,18 +64,23 @@ def load_batches(
         DatasetError: an image cannot be read; it comes when its batch is asked for.
     """
     threads = workers or max(1, min(16, available_cpus() - 1))
-    waiting: deque[tuple[int, tuple[Slot, ...], list[Future[Window]]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="windows") as pool:
+    pin = torch.cuda.is_available()
+    waiting: deque[tuple[list[Future[Window]], Future[Loaded]]] = deque()
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="windows") as cutters,
+        ThreadPoolExecutor(1, thread_name_prefix="batches") as joiner,
+    ):
         try:
             for batch in sampler.batches(first_step):
                 crop_px = sampler.crop_px(batch)
                 own = batch[rank::world]
-                cut = [pool.submit(_cut, sources, slot, crop_px) for slot in own]
-                waiting.append((crop_px, own, cut))
+                cut = [cutters.submit(_cut, sources, slot, crop_px) for slot in own]
+                waiting.append((cut, joiner.submit(_join, cut, own, crop_px, spec, pin)))
                 if len(waiting) > _AHEAD:
-                    yield _collect(*waiting.popleft(), spec)
+                    yield waiting.popleft()[1].result()
         finally:
-            for _, _, cut in waiting:
+            for cut, joined in waiting:
+                joined.cancel()
                 for future in cut:
                     future.cancel()
 
@@ -84,8 +90,16 @@ def _cut(sources: Sequence[Source], slot: Slot, crop_px: int) -> Window:
     return sources[slot.source].window(slot.image, rng, crop_px * WINDOW_SCALE)
 
 
-def _collect(
-    crop_px: int, slots: Sequence[Slot], cut: Sequence[Future[Window]], spec: ModelSpec
+def _join(
+    cut: Sequence[Future[Window]],
+    slots: Sequence[Slot],
+    crop_px: int,
+    spec: ModelSpec,
+    pin: bool,
 ) -> Loaded:
     windows = collate([future.result() for future in cut], spec)
-    return Loaded(windows=windows, seeds=tuple(slot.seed for slot in slots), crop_px=crop_px)
+    return Loaded(
+        windows=windows.pinned() if pin else windows,
+        seeds=tuple(slot.seed for slot in slots),
+        crop_px=crop_px,
+    )

@@ -309,6 +309,9 @@ def _mirrored(
     pixels: NDArray[np.uint8], corner: tuple[int, int], side_px: int
 ) -> NDArray[np.uint8]:
     """Cut a square; beyond the image, the image is mirrored at its edges, again and again."""
+    (x, y), (height, width) = corner, pixels.shape[:2]
+    if min(x, y) >= 0 and x + side_px <= width and y + side_px <= height:
+        return pixels[y : y + side_px, x : x + side_px]
     columns, rows = (
         _reflected(np.arange(start, start + side_px), length)
         for start, length in zip(corner, pixels.shape[1::-1], strict=True)
