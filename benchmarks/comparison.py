@@ -47,13 +47,13 @@ OTHERS = {
     ),
     "tissue_kather": ("tissue", TISSUE, 'layout = "kather"\ntask = "tissue"\ncrop_px = 144'),
 }
-EBHI = 'layout = "ebhi"\nmpp = 1.05\nheads = { gland-class = "", lumen = "" }\n'
+EBHI = 'layout = "ebhi"\nmpp = 1.05\nheads = { gland-class = "" }\n'
 EBHI += 'task = "gland"\noptions = { lumen = false }'
 NARROW = {
     "cerberus": "{ widths = [16, 24, 48, 96], blocks = [1, 1, 2, 2], head_width = 24 }",
     "unet": "{ width = 10 }",
     "segnet": "{ width = 12 }",
-    "medt": "{ width = 8 }",
+    "medt": "{ width = 8, attention_heads = 4 }",
 }
 RECIPE = """
 description = "{row}"
@@ -118,6 +118,8 @@ def multitask_text(options: argparse.Namespace, folders: dict[str, Path]) -> str
 
 def run(row: str, options: argparse.Namespace, ebhi: Path, work: Path) -> dict[str, object]:
     """Train and judge one row; read its scores where that was done before."""
+    work = work / f"{options.steps}-{options.seed}{'-published' * options.published}"
+    work.mkdir(exist_ok=True)
     kept = work / f"{row}.json"
     if kept.is_file():
         return json.loads(kept.read_text())

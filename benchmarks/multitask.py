@@ -85,7 +85,7 @@ SCORES = {"nuclei": ("pq", "dice", "detection_f1"), "gland": ("pq", "object_dice
 
 def run(row: str, seed: int, options: argparse.Namespace, work: Path) -> dict[str, float]:
     """Train one network and score it; read the scores where that was done before."""
-    name = f"{row.replace(' ', '-')}-{seed}"
+    name = f"{row.replace(' ', '-')}-{options.steps}-{seed}"
     kept = work / f"{name}.json"
     if kept.is_file():
         return json.loads(kept.read_text())

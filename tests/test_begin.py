@@ -287,6 +287,23 @@ def source(name, groups):
     return Source(dataset, items, spec)
 
 
+def test_groups_of_two_sources_that_bear_one_name_are_two(tmp_path):
+    sources = [source("x", ["a"] * 20), source("y", ["a"] * 2)]
+    assert [own.source.name for own in held_out_images(sources, at_most=4)] == ["x", "y"] * 2
+
+
+def test_crops_lie_on_objects_as_often_as_the_recipe_says(place):
+    seen = {}
+    for share in (0.0, 1.0):
+        (part, *_) = begin(
+            plan(place, f"source.0.object_share={share}"), name="m", device="cpu"
+        ).parts
+        rng = np.random.default_rng(0)
+        cut = [part.source.window(0, rng, 16).labels["nuclei"][6:10, 6:10] for _ in range(80)]
+        seen[share] = np.mean([(own > 0).any() for own in cut])
+    assert seen[1.0] > seen[0.0] + 0.2
+
+
 def test_images_to_score_come_in_turn_from_all_groups_and_reach_all():
     sources = [source("x", ["a"] * 17 + ["b"] * 2), source("y", [None] * 5)]
     every = held_out_images(sources)

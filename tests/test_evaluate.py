@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.measure import label as components
 from torch import nn
-from training_fixtures import write_discs
+from training_fixtures import write_discs, write_recipe
 
 from wsi_pipeline.bundle import save_bundle
 from wsi_pipeline.errors import DatasetError
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import outline_polygons
+from wsi_pipeline.network import PATCH_CELLS
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, PeakRules
 from wsi_pipeline.training.annotation import (
     AnnotatedImage,
@@ -23,9 +24,10 @@ from wsi_pipeline.training.annotation import (
     Item,
     PatchLabel,
 )
-from wsi_pipeline.training.evaluate import evaluate
+from wsi_pipeline.training.evaluate import evaluate, example_panels
+from wsi_pipeline.training.judges import _centres
 from wsi_pipeline.training.predicted import ImagePredictor, find_objects
-from wsi_pipeline.training.raster import fill_polygons
+from wsi_pipeline.training.raster import fill_polygons, mirrored
 from wsi_pipeline.training.scoring import score_bundle
 
 NUCLEI = HeadSpec(name="nuclei", kind="instance", object_kind="nucleus", rules=AnchorRules())
@@ -48,7 +50,7 @@ class Painted(nn.Module):
     """A network that reads its answer off the colours.
 
     Red is the instance map (200 inner, 100 contour), green the type, blue the tissue; cells are
-    where green is 250, 8 um wide.
+    where green is 250, faint ones where it is 240, 8 um wide.
     """
 
     def __init__(self):
@@ -66,6 +68,7 @@ class Painted(nn.Module):
             [torch.div(cells, 80, rounding_mode="floor") == n for n in range(3)], 1
         )
         heat = torch.where((green - 250).abs() < 3, 6.0, -9.0)
+        heat = torch.where((green - 240).abs() < 3, -2.0, heat)
         size = torch.full_like(heat, -1.0986)  # sigmoid: a quarter of 32 um
         return {
             "nuclei": nuclei,
@@ -280,3 +283,190 @@ def test_a_bundle_is_scored_on_a_folder_and_its_parts(bundle, tmp_path):
         score_bundle(bundle, data, layout="plain", part="test", resamples=0)
     (data / "images.csv").write_text("image,part\np0.png,test\np1.png,train\np2.png,train\n")
     assert score_bundle(bundle, data, layout="plain", part="test", resamples=0).images == 1
+
+
+class Smeared(nn.Module):
+    """A network that sees 31 px in each direction and a little less than its halo."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(tuple(x.shape[-2:]))
+        red = torch.nn.functional.avg_pool2d(x[:, :1] / 255, 31, 1, 15, count_include_pad=False)
+        return {"nuclei": torch.cat([red, 1 - red, red * 0], 1) * 4}
+
+
+def test_a_large_image_is_seen_in_tiles_with_the_same_result(monkeypatch):
+    spec = ModelSpec(name="t", architecture="t", mpp=0.5, halo_px=32, heads=(NUCLEI,), options={})
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 210, 3), np.uint8)
+    found = {}
+    for name, limit in (("whole", 256), ("tiles", 128)):
+        monkeypatch.setattr("wsi_pipeline.training.predicted.WHOLE_PX", limit)
+        monkeypatch.setattr("wsi_pipeline.training.predicted.TILE_PX", 128)
+        network = Smeared().eval()
+        one = ImagePredictor(spec, network, device="cpu", precision="fp32")
+        found[name] = one.predict(pixels).arrays["nuclei/prob"].astype(int), network.seen
+    assert max(max(size) for size in found["whole"][1]) == 224
+    assert max(max(size) for size in found["tiles"][1]) == 128 + 2 * 32
+    # a whole image has no margin beyond itself: it is compared where both saw the same
+    inner = (slice(None), slice(16, -16), slice(16, -16))
+    assert abs(found["whole"][0][inner] - found["tiles"][0][inner]).max() <= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 40))
+def test_beyond_its_edges_an_image_is_its_own_mirror_image(size, margin):
+    wanted = np.pad(np.arange(size), margin, mode="symmetric")
+    assert (mirrored(np.arange(-margin, size + margin), size) == wanted).all()
+
+
+def test_objects_belong_to_the_head_of_their_kind():
+    pixels, _, _ = drawn((10, 10, 16, 1), (60, 60, 20, 2))
+    pixels[20, 70, 1] = 250
+    found = find_objects(predictor().predict(pixels))
+    assert {name: len(own.polygons) for name, own in found.items()} == {"nuclei": 2, "cells": 1}
+    assert found["cells"].centres[0] == pytest.approx((70.5, 20.5), abs=1)
+
+
+def test_a_patch_is_judged_where_its_cells_see_a_whole_patch():
+    side = 16 * (PATCH_CELLS + 2)
+    pixels, _, _ = drawn(side=side, tissue=2)
+    rim = 16 * (PATCH_CELLS // 2)
+    pixels[rim:-rim, rim:-rim, 2] = 90  # 1
+    found = evaluate(predictor(), [Held(labelled(pixels, tissue=1))], resamples=0)
+    assert value(found, "tissue", "accuracy") == 1.0
+
+
+def test_pixels_that_nobody_annotated_are_no_false_positives():
+    pixels, ids, _ = drawn((10, 10, 16, 1), (60, 60, 20, 2))
+    ids[48:] = -1
+    found = evaluate(predictor(), [Held(labelled(pixels, ids))], resamples=0)
+    assert value(found, "nuclei", "pixel_precision") > 0.95
+    assert value(found, "nuclei", "pixel_recall") > 0.95
+
+
+@pytest.mark.parametrize(("off_px", "f1"), [(0, 1.0), (5, 1.0), (7, 0.0)])
+def test_a_nucleus_is_found_within_three_micrometres(off_px, f1):
+    pixels, _, _ = drawn((30, 30, 16, 1))
+    _, ids, _ = drawn((30 + off_px, 30, 16, 1))
+    found = evaluate(predictor(), [Held(labelled(pixels, ids))], resamples=0)
+    assert value(found, "nuclei", "detection_f1") == f1
+
+
+def test_distances_and_areas_are_in_micrometres():
+    pixels, ids, _ = drawn((30, 30, 16, 1))
+    ids[ids > 0] = 0
+    ids[30:46, 34:50] = 1  # 4 px to the right: 2 um
+    found = evaluate(predictor(), [Held(labelled(pixels, ids))], resamples=0)
+    assert value(found, "nuclei", "object_hausdorff_um") == pytest.approx(2.0, abs=0.5)
+    blank = np.zeros_like(pixels)
+    found = evaluate(predictor(), [Held(labelled(blank, ids))], resamples=0)
+    lone = found.details["nuclei"]["area_um2_without_counterpart_in_the_image"]
+    assert lone == pytest.approx(256 / 4)
+
+
+def test_an_object_without_a_class_counts_for_no_class():
+    pixels, ids, types = drawn((10, 10, 16, 1), (50, 20, 20, 1))
+    types[ids == 2] = 0  # it is called round all the same
+    found = evaluate(predictor(), [Held(labelled(pixels, ids, types))], resamples=0)
+    assert value(found, "types", "f1 round") == 1.0
+    assert value(found, "types", "pq round") > 0.9
+    assert value(found, "types", "accuracy_of_found") == 1.0
+
+
+def test_a_class_that_is_nowhere_is_not_in_the_mean():
+    pixels, _, _ = drawn((10, 10, 16, 1), (50, 20, 20, 2))
+    _, ids, types = drawn((10, 10, 16, 1))
+    found = evaluate(predictor(), [Held(labelled(pixels, ids, types))], resamples=0)
+    assert value(found, "types", "mpq_plus") == value(found, "types", "pq round") > 0.9
+    assert value(found, "types", "pq square") == 0.0
+
+
+def test_faint_cells_count_for_curves_and_not_for_the_models_threshold():
+    pixels, _, _ = drawn()
+    pixels[20, 20, 1], pixels[30, 70, 1], pixels[80, 40, 1] = 250, 240, 240
+    boxes = [(x - 8, y - 8, x + 9, y + 9) for x, y in ((20, 20), (70, 30))]
+    found = evaluate(predictor(), [Held(labelled(pixels, boxes=boxes))], resamples=0)
+    assert value(found, "cells", "precision") == 1.0
+    assert value(found, "cells", "recall") == 0.5
+    # 1 of 1, then 2 of 3 at once: half of the recall at 1, half at 2/3
+    assert value(found, "cells", "ap") == pytest.approx(0.5 + 0.5 * 2 / 3)
+    # the picture shows what the model would find
+    assert len(found.examples[0].found["cells"]) == 1
+
+
+def test_cells_where_nobody_looked_are_excused():
+    pixels, _, _ = drawn()
+    pixels[20, 20, 1], pixels[80, 40, 1] = 250, 250
+    image = labelled(pixels, boxes=[(12, 12, 29, 29)])
+    ignore = np.zeros(pixels.shape[:2], np.bool_)
+    ignore[50:] = True
+    label = BoxLabel(boxes=image.labels["cells"].boxes, ignore=ignore)
+    for known, precision in ((image.labels["cells"], 0.5), (label, 1.0)):
+        one = AnnotatedImage(name="a", image=pixels, mpp=0.5, labels={"cells": known})
+        found = evaluate(predictor(), [Held(one)], resamples=0)
+        assert value(found, "cells", "precision") == precision
+        assert value(found, "cells", "ap") == pytest.approx(precision)
+
+
+def test_patients_are_told_apart_by_source_and_by_head():
+    pixels, ids, types = drawn((10, 10, 16, 1))
+    blank = np.zeros_like(pixels)
+    images = []
+    for name in ("here", "there"):
+        for i in range(4):
+            seen = pixels if name == "here" else blank
+            held = Held(labelled(seen, ids, name=f"{name}{i}"), patient="1")
+            held.name = name
+            images.append(held)
+    # images that have no label of the head must not shift who is whose
+    other = [Held(labelled(pixels, tissue=1, name=f"o{i}"), patient="9") for i in range(8)]
+    found = evaluate(predictor(), [*other, *images], resamples=100)
+    assert (found.images, found.patients) == (16, 3)
+    recall = found.heads["nuclei"]["recall"]
+    assert (recall.low, recall.value, recall.high) == (0.0, 0.5, 1.0)
+    assert set(found.groups) == {"drawn", "here", "there"}
+    assert found.groups["there"]["nuclei"]["recall"].value == 0.0
+    assert "nuclei" not in found.groups["drawn"]
+    assert types.any()
+
+
+def test_as_many_examples_as_asked_for():
+    pixels, ids, _ = drawn((10, 10, 16, 1))
+    images = [Held(labelled(pixels, ids, name=f"n{i}")) for i in range(4)]
+    found = evaluate(predictor(), images, resamples=0, examples=2)
+    assert [panel.caption for panel in found.examples] == ["n0", "n1"]
+    assert len(example_panels(found, 1)) == 1
+    assert (found.examples[0].found["nuclei"] > 0).sum() == pytest.approx(256, abs=30)
+
+
+def test_the_middle_of_an_object_is_that_of_its_pixels():
+    numbers = np.zeros((20, 30), np.int32)
+    numbers[3, 4] = 1
+    numbers[10:14, 6:16] = 2
+    found = _centres(numbers, 3)
+    assert found[0].tolist() == [4.5, 3.5]
+    assert found[1].tolist() == [11.0, 12.0]
+
+
+def test_of_a_recipe_the_validation_images_are_meant(bundle, tmp_path):
+    data = write_discs(tmp_path / "data", 4)
+    (data / "images.csv").write_text(
+        "image,part\np0.png,validation\np1.png,train\np2.png,train\np3.png,train\n"
+    )
+    recipe = write_recipe(tmp_path, data)
+    assert score_bundle(bundle, recipe, resamples=0).images == 1
+    assert score_bundle(bundle, recipe, part="train", resamples=0).images == 3
+    with pytest.raises(DatasetError, match="no source has a part 'test'"):
+        score_bundle(bundle, recipe, part="test", resamples=0)
+
+
+def test_an_object_in_two_pieces_is_one():
+    pieces = shapely.union(shapely.box(1, 1, 4, 4), shapely.box(6, 6, 9, 8))
+    ids = fill_polygons(np.array([shapely.box(0, 9, 2, 10), pieces]), (10, 10))
+    assert (ids[1:4, 1:4] == 2).all()
+    assert (ids[6:8, 6:9] == 2).all()
+    assert ((ids == 2).sum(), (ids == 1).sum()) == (9 + 6, 2)

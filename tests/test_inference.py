@@ -266,8 +266,8 @@ def test_auto_choices(bundle, monkeypatch):
     assert TorchPredictor.load(bundle).precision == "fp32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device.choose_device("auto") == "cuda"
-    assert device.choose_precision("auto", "cuda", half_pays=True) == "bf16"
-    assert device.choose_precision("auto", "cuda", half_pays=False) == "fp32"
+    assert device.choose_precision("auto", "cuda", architecture="cerberus") == "bf16"
+    assert device.choose_precision("auto", "cuda", architecture="stain-baseline") == "fp32"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, PeakRules, RunRules
 from wsi_pipeline.training.batch import Batch
 from wsi_pipeline.training.losses import HeadRules, check_head_rules, compute_losses
+from wsi_pipeline.training.targets import between_weights, interior_and_contour
 
 NUCLEI = HeadSpec(name="nuclei", kind="instance", object_kind="nucleus", rules=AnchorRules())
 TYPES = HeadSpec(name="types", kind="class", classes=("none", "round", "long"), classifies="nuclei")
@@ -187,8 +188,9 @@ def test_rules_for_heads_and_classes_that_are_not_there():
         check_head_rules({"lumen": HeadRules()}, SPEC)
     with pytest.raises(RecipeError, match=r"\['flat'\] are none of"):
         check_head_rules({"types": HeadRules(class_weights={"flat": 2.0})}, SPEC)
-    with pytest.raises(RecipeError, match="negative"):
-        HeadRules(weight=-1)
+    for bad in ({"weight": -1}, {"ce": -1}, {"dice": -1}, {"between": -1}, {"element_um": 0}):
+        with pytest.raises(RecipeError, match="negative"):
+            HeadRules(**bad)
 
 
 def labels_for(name):
@@ -234,3 +236,51 @@ def test_a_sample_costs_the_same_in_any_batch():
     alone = [losses_of("nuclei", logits[i : i + 1], labels[i : i + 1]) for i in (0, 1)]
     for term in both:
         assert both[term] == pytest.approx(sum(own[term] for own in alone), rel=1e-5)
+
+
+def test_means_are_over_the_pixels_that_are_known():
+    ids = squares((10, 10, 20, 20))
+    ids[0, 40:] = -1
+    uniform = losses_of("nuclei", torch.zeros(1, 3, SIDE, SIDE), ids, HeadRules(between=0))
+    assert uniform["ce"] == pytest.approx(np.log(3), rel=1e-5)
+
+
+def test_dice_is_over_the_classes_that_a_sample_has():
+    logits = torch.zeros(1, 3, SIDE, SIDE)
+    nothing = losses_of("nuclei", logits, squares())
+    assert nothing["dice"] == 0.0
+    # one class of two: 1 - soft Dice of that one, a third everywhere it is looked at
+    label = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
+    label[0, :10, :10] = 1
+    by_hand = 1 - (2 * 100 / 3 + 1e-3) / (100 / 3 + 100 + 1e-3)
+    assert losses_of("types", logits, label)["dice"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_element_is_odd_and_as_wide_as_the_border_between_objects():
+    ids = squares((4, 4, 12, 12), (19, 4, 12, 12))
+    torch.manual_seed(5)
+    logits = torch.randn(1, 3, SIDE, SIDE)
+    # 2.0 um are 4 px, and 4 px have no middle
+    even, odd = (losses_of("nuclei", logits, ids, HeadRules(element_um=um)) for um in (2.0, 2.5))
+    assert even == pytest.approx(odd)
+    target = interior_and_contour(ids, 5, contour=True)
+    weights = between_weights(ids, sigma_px=5, gain=10.0, inner=target == 1)
+    by_hand = (functional.cross_entropy(logits, target, reduction="none") * weights).mean()
+    assert odd["ce"] == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_heat_and_sizes_of_a_detect_head_are_weighed_apart():
+    torch.manual_seed(6)
+    logits = torch.randn(1, 3, SIDE, SIDE)
+    batch = batch_of({"cells": labels_for("cells")})
+
+    def total(rules):
+        return compute_losses({"cells": logits}, batch, SPEC, {"cells": rules}, {"cells": 1})
+
+    both = total(HeadRules())
+    terms = {name: float(value) for name, value in both.terms.items()}
+    assert float(both.total) == pytest.approx(sum(terms.values()), rel=1e-5)
+    heat = float(total(HeadRules(dice=0)).total)
+    assert heat == pytest.approx(terms["cells/heat"], rel=1e-5)
+    rest = float(total(HeadRules(ce=0, dice=2)).total)
+    assert rest == pytest.approx(2 * (sum(terms.values()) - terms["cells/heat"]), rel=1e-5)

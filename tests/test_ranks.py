@@ -57,15 +57,20 @@ def work(rank, world, port, folder):
         own[data()[1][i]] = own.get(data()[1][i], 0) + 1
     counts = ranks.total(own, ["a", "b", "c"])
     loss_of(net, rows, counts).backward()
-    ranks.add_gradients(net, counts)
+    ranks.add_gradients(net)
     with torch.no_grad():
         net.norm.running_mean.fill_(float(rank))
-    ranks.average_statistics(net)
+        net.heads["norm"].running_mean.fill_(7.0 if rank else 1.0)
+        net.heads["idle"].running_mean.fill_(3.0)
+    # the first rank has seen three samples, none of them for the head "norm"
+    ranks.share_statistics(net, {"norm": 2} if rank else {}, 1 if rank else 3)
     torch.save(
         {
             "counts": counts,
             "grads": {k: p.grad for k, p in net.named_parameters()},
             "mean": net.norm.running_mean.clone(),
+            "head": net.heads["norm"].running_mean.clone(),
+            "idle": net.heads["idle"].running_mean.clone(),
             "agreed": ranks.agree(float(rank) + 5, 2.0),
             "any": (ranks.any(rank == 1), ranks.any(False)),
         },
@@ -88,11 +93,13 @@ def test_the_sum_of_the_ranks_gradients_is_the_gradient_of_the_batch(tmp_path):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert found["counts"] == {"a": 4, "b": 2}
         for name, parameter in alone.named_parameters():
-            if name.startswith("heads.c."):
+            if name.startswith(("heads.c.", "unused.")):
                 assert found["grads"][name] is None  # nobody has labels for it: it stays
-            elif not name.startswith("norm"):
+            elif "norm" not in name and "idle" not in name:
                 assert torch.allclose(found["grads"][name], parameter.grad, atol=1e-6), name
-        assert (found["mean"] == 0.5).all()
+        assert (found["mean"] == 0.25).all()
+        assert (found["head"] == 7.0).all()
+        assert (found["idle"] == 3.0).all()
         assert found["agreed"] == (5.0, 2.0)
         assert found["any"] == (True, False)
 
@@ -105,8 +112,8 @@ def test_alone_nothing_is_exchanged(monkeypatch):
         assert ranks.agree(1.5) == (1.5,)
         assert ranks.any(True) is True
         net = build()
-        ranks.add_gradients(net, {})
-        ranks.average_statistics(net)
+        ranks.add_gradients(net)
+        ranks.share_statistics(net, {}, 6)
         assert all(p.grad is None for p in net.parameters())
     assert not dist.is_initialized()
     assert os.environ.get("WORLD_SIZE") is None

@@ -179,3 +179,56 @@ def test_a_lumen_without_a_gland_has_no_parent(tmp_path):
     recipe = read(tmp_path, MINIMAL.replace('"gland"', '"lumen"'))
     (head,) = model_spec(recipe, None, name="x").heads
     assert (head.parent, head.inside_parent) == (None, False)
+
+
+def test_what_the_recipe_says_of_the_model_wins_over_the_bundle(tmp_path):
+    head = HeadSpec(name="gland", kind="instance", object_kind="gland", rules=RunRules())
+    base = ModelSpec(
+        name="old",
+        architecture="cerberus",
+        mpp=0.4,
+        halo_px=64,
+        heads=(head,),
+        options={"widths": [1, 2, 3, 4], "head_width": 7},
+        description="old words",
+    )
+    text = "[model]\noptions = { head_width = 9 }\nmpp = 0.25\n[[source]]\npath = 'd'"
+    spec = model_spec(read(tmp_path, text), base, name="new")
+    assert spec.options == {"widths": [1, 2, 3, 4], "head_width": 9}
+    assert (spec.mpp, spec.halo_px) == (0.25, 64)
+    described = model_spec(read(tmp_path, "description = 'new'\n" + text), base, name="new")
+    assert described.description == "new"
+
+
+def test_paths_of_home_and_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DATA_HERE", str(tmp_path / "data"))
+    for written, meant in (
+        ("~/x", tmp_path / "home" / "x"),
+        ("$DATA_HERE/x", tmp_path / "data" / "x"),
+        ("x", tmp_path / "x"),
+        (str(tmp_path / "y"), tmp_path / "y"),
+    ):
+        found = read(tmp_path, MINIMAL.replace('"data"', f"'{written}'"))
+        assert found.source[0].path == meant
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("[schedule]\nlearning_rate = true", "learning_rate: float wanted, not True"),
+        ("[schedule]\nlearning_rate = 0", "learning_rate > 0"),
+        ("[schedule]\nema = 1.0", "0 <= ema < 1"),
+        ("[validation]\nimages = 0", "images >= 1"),
+        ("[validation]\nevery = 0", "every"),
+    ],
+)
+def test_values_that_make_no_sense(tmp_path, more, words):
+    with pytest.raises(RecipeError, match=words):
+        read(tmp_path, MINIMAL + more)
+
+
+def test_the_text_of_a_recipe_is_no_key_of_it(tmp_path):
+    with pytest.raises(RecipeError, match="unknown keys") as error:
+        read(tmp_path, MINIMAL + "[tekst]")
+    assert "'text'" not in str(error.value)

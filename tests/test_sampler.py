@@ -109,3 +109,11 @@ def test_rules_and_sources_that_make_no_sense():
         check_sources([*SOURCES, SourceSize(task="gland", images=1, weight=1, crop_px=128)])
     with pytest.raises(RecipeError, match="positive"):
         check_sources([SourceSize(task="a", images=1, weight=0, crop_px=16)])
+
+
+def test_an_epoch_is_not_the_one_before_again():
+    batches = take(Sampler(SOURCES, BatchRules(size=4, epoch_steps=20), seed=5), 60)
+    slots = [[(slot.source, slot.image) for slot in batch] for batch in batches]
+    first, second, third = slots[:20], slots[20:40], slots[40:]
+    assert first != second != third != first
+    assert len({slot.seed for batch in batches for slot in batch}) == 240

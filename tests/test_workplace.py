@@ -13,14 +13,22 @@ from wsi_pipeline.training.workplace import Workplace
 RECIPE = "seed = 3\n"
 
 
+BEFORE = []
+
+
 def work(tmp_path, recipe=RECIPE, *, restart=False, first=True, told=None):
-    return Workplace.open(
+    """Open the folder as a process does whose predecessor is dead."""
+    while BEFORE:
+        BEFORE.pop().close()
+    found = Workplace.open(
         tmp_path / "model",
         recipe,
         restart=restart,
         first=first,
         on_row=(lambda row: None) if told is None else told.append,
     )
+    BEFORE.append(found)
+    return found
 
 
 def log(tmp_path):
@@ -33,7 +41,8 @@ def state(step, **more):
 
 
 def names(tmp_path):
-    return sorted(path.name for path in (tmp_path / "model.training").iterdir())
+    found = sorted(path.name for path in (tmp_path / "model.training").iterdir())
+    return [name for name in found if name != "lock"]
 
 
 def step(number):
@@ -133,6 +142,20 @@ def test_another_recipe_is_refused_and_restart_throws_everything_away(tmp_path):
     assert names(tmp_path) == ["recipe.toml"]
     assert (one.folder / "recipe.toml").read_text() == "seed = 4\n"
     assert anew.load_checkpoint() is None
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    one = work(tmp_path)
+    one.write(step(1))
+    BEFORE.clear()
+    with pytest.raises(RecipeError, match=r"another process trains in .*model\.training"):
+        work(tmp_path)
+    one.close()
+    one.close()
+    again = work(tmp_path)
+    assert log(tmp_path) == [step(1)]
+    again.close()
+    BEFORE.clear()
 
 
 def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):

@@ -9,7 +9,14 @@ import torch
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.machine import available_cpus
 
-__all__ = ["DTYPES", "auto_batch", "auto_workers", "choose_device", "choose_precision"]
+__all__ = [
+    "DTYPES",
+    "auto_batch",
+    "auto_workers",
+    "choose_device",
+    "choose_precision",
+    "half_pays",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions by the names the command line has for them."""
@@ -40,13 +47,21 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_precision(name: str, device: str, *, half_pays: bool) -> str:
+def half_pays(architecture: str) -> bool:
+    """Tell whether a network gains by half precision.
+
+    The baseline's thresholds need float32, and it has no convolutions to speed up.
+    """
+    return architecture != "stain-baseline"
+
+
+def choose_precision(name: str, device: str, *, architecture: str) -> str:
     """Resolve ``auto``: bf16 where the device has it and the network gains by it, else fp32.
 
     Args:
         name: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         device: as :func:`choose_device` returns it.
-        half_pays: whether the network is mostly convolutions and tolerates half precision.
+        architecture: of the network; see :func:`half_pays`.
 
     Raises:
         JobError: no such precision.
@@ -56,7 +71,7 @@ def choose_precision(name: str, device: str, *, half_pays: bool) -> str:
     if name != "auto":
         raise JobError(f"precision {name!r} is none of auto, {', '.join(DTYPES)}")
     has_bf16 = device.startswith("cuda") or (device == "cpu" and _cpu_has_bf16())
-    return "bf16" if half_pays and has_bf16 else "fp32"
+    return "bf16" if has_bf16 and half_pays(architecture) else "fp32"
 
 
 def auto_batch(device: str, read_px: int) -> int:

@@ -63,7 +63,7 @@ def _device() -> str:
     from wsi_pipeline.device import choose_device, choose_precision
 
     device = choose_device("auto")
-    precision = choose_precision("auto", device, half_pays=True)
+    precision = choose_precision("auto", device, architecture="cerberus")
     return f"{device} ({precision} for large networks), torch {torch.__version__}"
 
 

@@ -138,9 +138,7 @@ class TorchPredictor:
             ModelBundleError: weights that do not fit.
         """
         device = choose_device(device)
-        # The baseline's thresholds need float32, and it has no convolutions to speed up.
-        half = bundle.spec.architecture == "cerberus"
-        precision = choose_precision(precision, device, half_pays=half)
+        precision = choose_precision(precision, device, architecture=bundle.spec.architecture)
         cuda = device.startswith("cuda")
         tile_px = _positive("tile size", tile_size, auto=2048 if cuda else 1024)
         strides = [head.stride for head in bundle.spec.heads]

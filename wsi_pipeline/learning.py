@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -78,6 +80,8 @@ def train_command(
                 click.echo(str(error), err=True)
                 exit_if_interrupted(caught)
                 raise
+        if int(os.environ.get("RANK", "0")):
+            return  # the first rank speaks for all
         click.echo(f"{bundle.path}: {bundle.spec.description}")
         click.echo(f"look at: {out.with_name(out.name + '.training')}/curves.png")
         click.echo(f"run it with: wsi-run SLIDES... --out DIR --model {out}")
@@ -130,7 +134,7 @@ def evaluate_command(
             from wsi_pipeline.training.evaluate import example_panels
             from wsi_pipeline.training.pictures import draw_examples
 
-            draw_examples(example_panels(found), pictures)
+            draw_examples(example_panels(found), pictures, title="Judged images")
 
 
 def _print_scores(found: Evaluation) -> None:
@@ -142,16 +146,20 @@ def _print_scores(found: Evaluation) -> None:
         table.add_column(title)
     for head, scores in found.heads.items():
         for name, score in scores.items():
-            interval = "" if score.low is None else f"{score.low:.3f} - {score.high:.3f}"
-            table.add_row(head, name, f"{score.value:.3f}", interval)
+            ends = "" if score.low is None else f"{_number(score.low)} - {_number(score.high)}"
+            table.add_row(head, name, _number(score.value), ends)
     Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
 def _progress(steps: int) -> AbstractContextManager[Callable[[Mapping[str, Any]], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if console.is_terminal:
+    if console.is_terminal and "RANK" not in os.environ:
         return _Bar(steps, console)
     return nullcontext(lambda row: _say(row, steps))
 
@@ -160,7 +168,9 @@ def _say(row: Mapping[str, Any], steps: int) -> None:
     often = "losses" in row or "pretrain" in row
     if often and row["step"] % LINES_EVERY and row["step"] != steps:
         return
-    click.echo(f"{row['step']}/{steps} {describe_row(row)}", err=True)
+    # Pre-training has steps of its own.
+    of = "" if "pretrain" in row else f"/{steps}"
+    click.echo(f"{row['step']}{of} {describe_row(row)}", err=True)
 
 
 def describe_row(row: Mapping[str, Any]) -> str:
@@ -212,7 +222,10 @@ class _Bar(AbstractContextManager["Callable[[Mapping[str, Any]], None]"]):
         self._progress.stop()
 
     def _show(self, row: Mapping[str, Any]) -> None:
-        if "losses" not in row and "pretrain" not in row:
+        if "pretrain" in row:
+            self._progress.update(self._task, description=f"{row['step']} {describe_row(row)}")
+            return
+        if "losses" not in row:
             self._progress.console.print(f"{row['step']}: {describe_row(row)}", highlight=False)
             return
         self._progress.update(self._task, completed=row["step"], description=describe_row(row))

@@ -6,7 +6,9 @@ import os
 import resource
 import sys
 
-__all__ = ["available_cpus", "peak_rss_mb"]
+import psutil
+
+__all__ = ["available_cpus", "peak_rss_mb", "total_memory"]
 
 
 def available_cpus() -> int:
@@ -20,3 +22,8 @@ def peak_rss_mb() -> float:
     """Return the most memory this process has held since its start, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
+
+
+def total_memory() -> int:
+    """Return the machine's memory in bytes."""
+    return int(psutil.virtual_memory().total)

@@ -132,11 +132,11 @@ class Cerberus(nn.Module):
         """
         _check_input(x_BCHW)
         *skips, bottleneck = self.encoder(x_BCHW / 255)
-        mapped = self.project(bottleneck)
+        wanted = {n: head for n, head in self.heads.items() if rows is None or n in rows}
+        patches = [isinstance(head, _PatchHead) for head in wanted.values()]
+        mapped = bottleneck if all(patches) else self.project(bottleneck)
         logits = {}
-        for name, head in self.heads.items():
-            if rows is not None and name not in rows:
-                continue
+        for name, head in wanted.items():
             inputs = [bottleneck] if isinstance(head, _PatchHead) else [mapped, *skips]
             if rows is not None and len(rows[name]) < len(x_BCHW):
                 inputs = [map_BCHW[rows[name]] for map_BCHW in inputs]

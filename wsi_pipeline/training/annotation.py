@@ -122,6 +122,8 @@ class AnnotatedImage:
     """By head name; a head that is absent is unlabelled."""
 
     def __post_init__(self) -> None:
+        if not 0.05 <= self.mpp <= 5:
+            raise DatasetError(f"{self.name}: mpp must be from 0.05 to 5, not {self.mpp}")
         _check_array(f"{self.name}: image", self.image, np.uint8, 3)
         if self.image.shape[2] != 3:
             raise DatasetError(f"{self.name}: an RGB image wanted, not {self.image.shape}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.machine import total_memory
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.training.annotation import AnnotatedImage, Item
@@ -31,6 +33,10 @@ from wsi_pipeline.training.transfer import (
 )
 
 __all__ = ["Beginning", "HeldOut", "Part", "begin", "held_out_images", "open_parts"]
+
+
+_CACHE_SHARE = 0.3
+"""Of the machine's memory, for decoded images; the processes of a machine share it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,13 +118,16 @@ class Beginning:
         }
 
 
-def begin(recipe: Recipe, *, name: str, device: str, encoder: Path | None = None) -> Beginning:
+def begin(
+    recipe: Recipe, *, name: str, device: str, world: int = 1, encoder: Path | None = None
+) -> Beginning:
     """Build the network and open the data.
 
     Args:
         recipe: what to train.
         name: of the bundle.
         device: where the network goes.
+        world: number of processes that share each batch.
         encoder: what ``[pretrain]`` has led to.
 
     Raises:
@@ -126,6 +135,11 @@ def begin(recipe: Recipe, *, name: str, device: str, encoder: Path | None = None
         DatasetError: a folder without images of its layout, or a split without images.
         ModelBundleError: what it starts from cannot be read or does not fit.
     """
+    if recipe.batches.size < world:
+        msg = (
+            f"[batches] size {recipe.batches.size} is less than the {world} processes that share it"
+        )
+        raise RecipeError(msg)
     start = read_start(recipe.start if encoder is None else Start(simclr=encoder))
     spec = model_spec(recipe, _kept(start, recipe.start.only), name=name)
     check_head_rules(recipe.heads, spec)
@@ -173,6 +187,8 @@ def open_parts(recipe: Recipe, spec: ModelSpec) -> tuple[Part, ...]:
         DatasetError: a folder without images of its layout, or an empty part.
     """
     parts = []
+    cache_bytes = int(_CACHE_SHARE * total_memory() / len(recipe.source))
+    cache_bytes //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for rules in recipe.source:
         dataset = read_dataset(rules.path, rules.layout, mpp=rules.mpp, **rules.options)
         split = {"train": dataset.items}
@@ -192,6 +208,7 @@ def open_parts(recipe: Recipe, spec: ModelSpec) -> tuple[Part, ...]:
                 heads=rules.heads,
                 class_map=rules.classes,
                 object_share=rules.object_share,
+                cache_bytes=cache_bytes if name == "train" else 0,
             )
             parts.append(Part(name=name, source=source, rules=rules))
     return tuple(parts)
@@ -245,13 +262,15 @@ def _check_fresh_heads(
     spec: ModelSpec, report: TransferReport | None, sources: Sequence[Source]
 ) -> None:
     labelled = {head for source in sources for head in source.heads}
-    taken = report.taken if report else ()
-    known = {name.split(".")[1] for name in taken if name.startswith("heads.")}
-    lost = [head.name for head in spec.heads if head.name not in labelled | known]
+    if report is None:
+        fresh = {head.name for head in spec.heads}
+    else:
+        fresh = {name.split(".")[1] for name in report.fresh if name.startswith("heads.")}
+    lost = [head.name for head in spec.heads if head.name in fresh - labelled]
     if lost:
         msg = (
-            f"heads {lost} are new and no source labels them, so they would stay as they were "
-            f"drawn; the sources label {sorted(labelled)}. Leave them out of [model] heads, or "
-            "add a source"
+            f"heads {lost} are new and no source labels them, so they would stay as they "
+            f"were drawn; the sources label {sorted(labelled)}. Leave them out of [model] heads, "
+            "or add a source"
         )
         raise RecipeError(msg)

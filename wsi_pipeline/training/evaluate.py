@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,9 @@ class Evaluation:
     """By group of images and head: the same scores without intervals."""
     main: Mapping[str, str]
     """By head: the score by which networks are compared."""
-    examples: tuple[Panel, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What was judged on what, and how."""
+    examples: tuple[Panel, ...] = ()
     """Some images with truth and prediction, in turn from all groups."""
 
     @property
@@ -90,6 +92,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return everything but the pictures, for JSON."""
         return {
+            "about": dict(self.about),
             "images": self.images,
             "patients": self.patients,
             "score": _number(self.score),
@@ -108,6 +111,7 @@ def evaluate(
     *,
     resamples: int = 1000,
     examples: int = 12,
+    watching: bool = False,
 ) -> Evaluation:
     """Judge a network on images that it has not learnt from.
 
@@ -116,6 +120,8 @@ def evaluate(
         images: what to judge; they are read one by one.
         resamples: draws of the bootstrap over patients; 0: no intervals.
         examples: how many of the first images are kept for pictures.
+        watching: leave out what is slow on the poor maps of a network that is still learning
+            (Hausdorff distances).
 
     Raises:
         DatasetError: no image, or one that cannot be read.
@@ -123,7 +129,7 @@ def evaluate(
     if not images:
         raise DatasetError("there is no image to judge the network on")
     spec = predictor.spec
-    judges = {head.name: make_judge(head, spec) for head in spec.heads}
+    judges = {head.name: make_judge(head, spec, watching=watching) for head in spec.heads}
     kept: list[Panel] = []
     for number, held in enumerate(images):
         image = held.load()

@@ -17,7 +17,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,8 @@ __all__ = ["Learner", "learning_rate", "train"]
 
 log = logging.getLogger(__name__)
 
+_SAVE_EVERY_S = 600.0
+"""Checkpoints come with validations, and at least this often."""
 _ROWS_EVERY = 20
 """Steps between two looks at the losses: each look waits for the device."""
 
@@ -83,19 +87,33 @@ def train(
         Interrupted: ``stop`` said so; everything up to here is in the checkpoint.
     """
     with join_ranks(choose_device(device)) as ranks:
-        work = Workplace.open(out, recipe.text, restart=restart, first=ranks.first, on_row=on_row)
-        encoder = _pretrained(recipe, out.name, work, ranks, stop)
-        beginning = begin(recipe, name=out.name, device=ranks.device, encoder=encoder)
-        learner = Learner(recipe, beginning.spec, beginning.network, ranks)
-        if (saved := work.load_checkpoint()) is not None:
-            learner.load(saved)
-        else:
-            work.write({"step": 0, "begin": beginning.describe()})
-        _learn(learner, beginning, work, stop)
-        if ranks.first:
-            _publish(learner, beginning, work, out)
-        ranks.any(False)  # no rank leaves before the bundle is there
+        opened = Workplace.open(out, recipe.text, restart=restart, first=ranks.first, on_row=on_row)
+        with closing(opened) as work:
+            ranks.any(False)  # nobody looks for a checkpoint before the first has cleared up
+            _train(recipe, out, work, ranks, stop)
+            ranks.any(False)  # no rank leaves before the bundle is there
     return open_bundle(out)
+
+
+def _train(
+    recipe: Recipe, out: Path, work: Workplace, ranks: Ranks, stop: Callable[[], bool]
+) -> None:
+    encoder = _pretrained(recipe, out.name, work, ranks, stop)
+    beginning = begin(
+        recipe, name=out.name, device=ranks.device, world=ranks.world, encoder=encoder
+    )
+    learner = Learner(recipe, beginning.spec, beginning.network, ranks)
+    if (saved := work.load_checkpoint()) is not None:
+        learner.load(saved)
+    else:
+        work.write({"step": 0, "begin": beginning.describe()})
+    finished = learner.step == recipe.schedule.steps or learner.exhausted
+    if finished and (out / "spec.json").is_file():
+        log.info("%s is finished", out)  # its card may have been written on meanwhile
+        return
+    _learn(learner, beginning, work, stop)
+    if ranks.first:
+        _publish(learner, beginning, work, out)
 
 
 def _pretrained(
@@ -109,7 +127,6 @@ def _pretrained(
         pretrain_encoder(
             recipe.pretrain,
             model_spec(recipe, None, name=name),
-            recipe.augment,
             out=folder,
             device=ranks.device,
             on_row=work.on_row,
@@ -133,16 +150,23 @@ def _learn(
         rank=ranks.rank,
         world=ranks.world,
     )
+    if learner.step == 0 and ranks.first:
+        for held in beginning.held_out:
+            held.load()  # what cannot be read is said now, not at the first validation
+    saved = time.monotonic()
     try:
         while learner.step < recipe.schedule.steps and not learner.exhausted:
             learner.learn(next(batches))
             if learner.step % _ROWS_EVERY == 0:
                 work.write_all(learner.take_rows())
             last = learner.step == recipe.schedule.steps
-            if learner.step % recipe.validation.every == 0 or last:
+            due = learner.step % recipe.validation.every == 0
+            if due or last:
                 _validate(learner, beginning, work)
+            if due or last or time.monotonic() - saved > _SAVE_EVERY_S:
                 _save(learner, work)
-            elif ranks.any(stop()):
+                saved = time.monotonic()
+            if learner.step < recipe.schedule.steps and ranks.any(stop()):
                 _save(learner, work)
                 raise Interrupted(f"stopped after step {learner.step}; the same command goes on")
     finally:
@@ -152,7 +176,6 @@ def _learn(
 def _validate(learner: Learner, beginning: Beginning, work: Workplace) -> None:
     """Score the moving average; keep it if it is the best so far."""
     work.write_all(learner.take_rows())
-    learner.ranks.average_statistics(learner.network)
     score = math.nan
     if learner.ranks.first:
         found = _evaluate(learner, beginning)
@@ -176,7 +199,7 @@ def _evaluate(learner: Learner, beginning: Beginning) -> Evaluation | None:
     predictor = ImagePredictor(
         learner.spec, network, device=learner.ranks.device, precision=learner.precision
     )
-    return evaluate(predictor, beginning.held_out, resamples=0)
+    return evaluate(predictor, beginning.held_out, resamples=0, watching=True)
 
 
 def _save(learner: Learner, work: Workplace) -> None:
@@ -234,8 +257,11 @@ class Learner:
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged: nn.Module = copy.deepcopy(self.network)
         self.precision: str = choose_precision(
-            recipe.schedule.precision, ranks.device, half_pays=True
+            recipe.schedule.precision, ranks.device, architecture=spec.architecture
         )
+        self._thaws = {int(s) for s in recipe.freeze.first_steps.values() if math.isfinite(s)}
+        self._frozen = False  # whether what is to be frozen now is
+        self._weights = _floats(self.network), _floats(self.averaged)
         self._optimiser = _optimiser(self.network, recipe.schedule)
         self._course = _Course()
         self._rows: list[tuple[int, float, Losses, dict[str, int]]] = []
@@ -259,8 +285,10 @@ class Learner:
         """
         step, schedule = self._course.step, self.recipe.schedule
         # Dropout is all that draws from torch's own generator.
-        torch.manual_seed((self.recipe.seed << 40) + step * self.ranks.world + self.ranks.rank)
-        apply_freeze(self.network, self.recipe.freeze, step)
+        torch.manual_seed((self.recipe.seed << 32) + step * self.ranks.world + self.ranks.rank)
+        if step in self._thaws or not self._frozen:
+            apply_freeze(self.network, self.recipe.freeze, step)
+            self._frozen = True
         rate = learning_rate(schedule, step)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
@@ -275,10 +303,11 @@ class Learner:
         own = {name: len(rows) for name, rows in crops.rows.items()}
         counts = self.ranks.total(own, [head.name for head in self.spec.heads])
         losses = self._backward(crops, counts)
-        self.ranks.add_gradients(self.network, counts)
+        self.ranks.add_gradients(self.network)
         if schedule.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), schedule.clip_norm)
         self._optimiser.step()
+        self.ranks.share_statistics(self.network, own, len(crops.pixels))
         self._average(step)
         self._course.step += 1
         self._rows.append((self._course.step, rate, losses, own))
@@ -290,18 +319,22 @@ class Learner:
         with torch.autocast(device_type, torch.bfloat16, enabled=half):
             logits = self.network(crops.pixels, crops.rows)
         losses = compute_losses(logits, crops, self.spec, self.recipe.heads, counts)
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        if losses.total.requires_grad:  # not where a batch is all of frozen heads
+            losses.total.backward()  # type: ignore[no-untyped-call]
         return losses.detached()
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
         decay = min(self.recipe.schedule.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(_floats(self.averaged), _floats(self.network), 1 - decay)
+        own, average = self._weights
+        torch._foreach_lerp_(average, own, 1 - decay)
 
     def note(self, score: float) -> bool:
         """Take note of a validation's score; tell whether its weights are to be kept."""
-        if score > self._course.best or math.isnan(score):
-            self._course.best = self._course.best if math.isnan(score) else score
+        nothing_yet = math.isinf(self._course.best)
+        if score > self._course.best or (math.isnan(score) and nothing_yet):
+            if not math.isnan(score):
+                self._course.best = score
             self._course.stale = 0
             return True
         self._course.stale += 1
@@ -343,11 +376,20 @@ class Learner:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self._course = _Course(**state["course"])
-        self.network.load_state_dict(state["network"])
-        self.averaged.load_state_dict(state["averaged"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        """Go on from a saved state.
+
+        Raises:
+            RecipeError: it is not of this network.
+        """
+        try:
+            self._course = _Course(**state["course"])
+            self.network.load_state_dict(state["network"])
+            self.averaged.load_state_dict(state["averaged"])
+            self._optimiser.load_state_dict(state["optimiser"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            msg = f"the checkpoint is not of this network ({reason}); say --restart to begin anew"
+            raise RecipeError(msg) from error
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipeline.metrics import (
+    DIGESTPATH_RATES,
     DetectionCounts,
+    Froc,
     HausdorffSums,
     JaccardSums,
     ObjectDiceSums,
@@ -61,9 +63,6 @@ RADIUS_UM = 3.0
 """A nucleus is found by a centre within this distance (12 px at 0.25 mpp, Graham et al. 2019)."""
 CELL_RADIUS_UM = 8.0
 """The same for detect heads, whose cells are larger."""
-FROC_RATES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""False positives an image at which FROC is read (DigestPath 2019)."""
-
 MAIN_SCORES = {"instance": "pq", "class": "mpq_plus", "patch": "balanced_accuracy", "detect": "ap"}
 """By kind of head, the score by which one network is better than another."""
 
@@ -93,10 +92,10 @@ class Judge(Protocol):
         """Return what is no score but worth keeping, for JSON."""
 
 
-def make_judge(head: HeadSpec, spec: ModelSpec) -> Judge:
-    """Return a judge for a head."""
+def make_judge(head: HeadSpec, spec: ModelSpec, *, watching: bool = False) -> Judge:
+    """Return a judge for a head; one that only watches leaves out Hausdorff distances."""
     if head.kind == "instance":
-        return _InstanceJudge(head, spec)
+        return _InstanceJudge(head, spec, watching=watching)
     if head.kind == "class":
         return _ClassJudge(head, spec)
     if head.kind == "patch":
@@ -123,10 +122,12 @@ class _Column(Generic[C]):
 class _InstanceJudge:
     """Objects by their pixels, and for small ones by their centres."""
 
-    def __init__(self, head: HeadSpec, spec: ModelSpec) -> None:
+    def __init__(self, head: HeadSpec, spec: ModelSpec, *, watching: bool) -> None:
         self.images: list[int] = []
         self._name = head.name
         self._mpp = spec.mpp
+        self._watching = watching
+        self._by_image: dict[str, list[float]] = {"pq": [], "aji": [], "dice": []}
         self._points = isinstance(head.rules, AnchorRules)
         self._panoptic = _Column(PanopticCounts)
         self._aji = _Column(JaccardSums)
@@ -151,13 +152,18 @@ class _InstanceJudge:
         own = found[self._name]
         pred = fill_polygons(own.polygons, label.ids.shape)
         overlap = compare(label.ids, pred)
-        self._panoptic.add(panoptic_counts(overlap))
-        self._aji.add(aggregated_jaccard(overlap))
+        panoptic, jaccard = panoptic_counts(overlap), aggregated_jaccard(overlap)
+        self._panoptic.add(panoptic)
+        self._aji.add(jaccard)
         self._aji_plus.add(aggregated_jaccard_plus(overlap))
         self._dice.add(object_dice(overlap))
-        self._hausdorff.add(object_hausdorff(overlap))
+        if not self._watching:
+            self._hausdorff.add(object_hausdorff(overlap))
         self._glas.add(glas_detection(overlap))
-        self._pixels.add(pixel_counts(label.ids > 0, pred > 0, ignore=label.ids < 0))
+        pixels = pixel_counts(label.ids > 0, pred > 0, ignore=label.ids < 0)
+        self._pixels.add(pixels)
+        for name, value in (("pq", panoptic.pq), ("aji", jaccard.aji), ("dice", pixels.dice)):
+            self._by_image[name].append(value)
         if self._points:
             true = _centres(overlap.true_map, overlap.true_ids.size)
             matches = match_points(true * self._mpp, own.centres * self._mpp, radius=RADIUS_UM)
@@ -175,7 +181,6 @@ class _InstanceJudge:
             "aji": self._aji.pool(rows).aji,
             "aji_plus": self._aji_plus.pool(rows).aji,
             "object_dice": self._dice.pool(rows).dice,
-            "object_hausdorff_um": self._hausdorff.pool(rows).found_distance_px * self._mpp,
             "glas_f1": self._glas.pool(rows).f1,
             "dice": pixels.dice,
             "jaccard": pixels.jaccard,
@@ -183,19 +188,27 @@ class _InstanceJudge:
             "pixel_recall": pixels.recall,
             "pixel_specificity": pixels.specificity,
         }
+        for name, values in self._by_image.items():
+            scores[f"{name}_mean_of_images"] = mean_defined(values[row] for row in rows)
+        if not self._watching:
+            distance_px = self._hausdorff.pool(rows).found_distance_px
+            scores["object_hausdorff_um"] = distance_px * self._mpp
         if self._points:
             scores["detection_f1"] = self._centres.pool(rows).f1
         return scores
 
     def details(self, rows: Rows) -> dict[str, Any]:
         counts = self._panoptic.pool(rows)
-        lone = self._hausdorff.pool(rows).lone_area * self._mpp**2
-        return {
+        details: dict[str, Any] = {
             "true": int(counts.tp + counts.fn),
             "found": int(counts.tp + counts.fp),
             "matched": int(counts.tp),
-            "area_um2_without_counterpart_in_the_image": round(lone, 1),
         }
+        if not self._watching:
+            lone_um2 = self._hausdorff.pool(rows).lone_area * self._mpp**2
+            # The Hausdorff distance leaves these out, as they have none.
+            details["area_um2_without_counterpart_in_the_image"] = round(lone_um2, 1)
+        return details
 
 
 class _ClassJudge:
@@ -349,25 +362,36 @@ class _DetectJudge:
         matches = match_points(true, pred[sure], radius=CELL_RADIUS_UM)
         self._counts.add(matches.counts(excused=None if excused is None else excused[sure]))
 
+    def _negatives(self, rows: Rows) -> list[ScoredDetections]:
+        return [self._detections[row] for row in rows if not self._detections[row].n_true]
+
+    def _curve(self, rows: Rows) -> Froc:
+        # DigestPath 2019: positive images are not annotated completely.
+        chosen = [self._detections[row] for row in rows]
+        return froc(chosen, fp_images=self._negatives(rows) or None)
+
     def scores(self, rows: Rows) -> dict[str, float]:
         chosen = [self._detections[row] for row in rows]
-        curve = froc(chosen)
+        curve = self._curve(rows)
         counts = self._counts.pool(rows)
         return {
             "ap": average_precision(chosen),
-            "froc": curve.mean_sensitivity(FROC_RATES),
-            "froc_area": curve.area(FROC_RATES[-1]),
+            "froc": curve.mean_sensitivity(DIGESTPATH_RATES),
+            "froc_area": curve.area(DIGESTPATH_RATES[-1]),
             "f1": counts.f1,
             "precision": counts.precision,
             "recall": counts.recall,
         }
 
     def details(self, rows: Rows) -> dict[str, Any]:
-        curve = froc([self._detections[row] for row in rows])
+        curve = self._curve(rows)
         return {
             "radius_um": CELL_RADIUS_UM,
+            "false_positives_counted_in": "images without objects"
+            if self._negatives(rows)
+            else "all images: none is without objects",
             "sensitivity_at_false_positives_per_image": {
-                str(rate): curve.sensitivity_at(rate) for rate in FROC_RATES
+                str(rate): curve.sensitivity_at(rate) for rate in DIGESTPATH_RATES
             },
         }
 

@@ -73,7 +73,7 @@ def load_batches(
         try:
             for batch in sampler.batches(first_step):
                 crop_px = sampler.crop_px(batch)
-                own = batch[rank::world]
+                own = _own(batch, rank, world)
                 cut = [cutters.submit(_cut, sources, slot, crop_px) for slot in own]
                 waiting.append((cut, joiner.submit(_join, cut, own, crop_px, spec, pin)))
                 if len(waiting) > _AHEAD:
@@ -83,6 +83,14 @@ def load_batches(
                 joined.cancel()
                 for future in cut:
                     future.cancel()
+
+
+def _own(batch: tuple[Slot, ...], rank: int, world: int) -> tuple[Slot, ...]:
+    """Return a rank's slots, in no order of tasks: each rank sees all tasks in time."""
+    if world == 1:
+        return batch
+    order = np.random.default_rng(batch[0].seed).permutation(len(batch))
+    return tuple(batch[place] for place in order[rank::world])
 
 
 def _cut(sources: Sequence[Source], slot: Slot, crop_px: int) -> Window:

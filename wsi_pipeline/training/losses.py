@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ class HeadRules:
     """Class and patch heads: weight by class name; a class that is absent has 1."""
 
     def __post_init__(self) -> None:
-        if min(self.weight, self.ce, self.dice, self.between) < 0 or self.element_um <= 0:
+        weights = (*self.channel_weights, *self.class_weights.values())
+        if min(self.weight, self.ce, self.dice, self.between, *weights) < 0 or self.element_um <= 0:
             raise RecipeError("[heads]: weights cannot be negative, element_um must be positive")
 
 
@@ -129,7 +131,9 @@ def compute_losses(
             weight = own.weight * (own.ce if term in ("ce", "heat") else own.dice)
             parts.append(weight * loss_N.sum() / counts[name])
             terms[f"{name}/{term}"] = loss_N.detach().sum()
-    return Losses(total=torch.stack(parts).sum(), terms=terms)
+    # A rank may be without labels where another has them.
+    total = torch.stack(parts).sum() if parts else batch.pixels.new_zeros(())
+    return Losses(total=total, terms=terms)
 
 
 def _head_terms(
@@ -154,7 +158,8 @@ def _instance_terms(
     element_px = max(1, round(rules.element_um / mpp))
     element_px += 1 - element_px % 2  # odd, so that it has a middle
     target_NHW = interior_and_contour(ids_NHW, element_px, contour=rules.contour)
-    ce_NHW = _cross_entropy(logits_NCHW, target_NHW, torch.tensor(rules.channel_weights))
+    weights = _on_device(rules.channel_weights, logits_NCHW.device)
+    ce_NHW = _cross_entropy(logits_NCHW, target_NHW, weights)
     if rules.between:
         weights_NHW = between_weights(
             ids_NHW, sigma_px=element_px, gain=rules.between, inner=target_NHW == 1
@@ -171,7 +176,7 @@ def _class_terms(
     head: HeadSpec, rules: HeadRules, logits_NCHW: Tensor, target_NHW: Tensor
 ) -> dict[str, Tensor]:
     # Pixels without a class are background of the instance head; this head need not know them.
-    weights = _class_weights(head, rules).to(logits_NCHW.device)
+    weights = _class_weights(head, rules, logits_NCHW.device)
     foreground_NHW = (target_NHW > 0).float()
     ce_NHW = _cross_entropy(logits_NCHW, target_NHW, weights) * foreground_NHW
     norm_NHW = weights[target_NHW.clamp(min=0)] * foreground_NHW
@@ -188,7 +193,7 @@ def _patch_terms(
     rim = min(PATCH_CELLS // 2, (logits_NCHW.shape[-1] - 1) // 2)
     kept = slice(rim, logits_NCHW.shape[-1] - rim)
     log_NCHW = logits_NCHW[:, :, kept, kept].log_softmax(1)
-    weights = _class_weights(head, rules).to(logits_NCHW.device)
+    weights = _class_weights(head, rules, logits_NCHW.device)
     chosen_N = log_NCHW.mean((2, 3)).gather(1, target_N[:, None])[:, 0]
     return {"ce": -weights[target_N] * chosen_N}
 
@@ -198,7 +203,7 @@ def _cross_entropy(logits_NCHW: Tensor, target_NHW: Tensor, weights: Tensor) -> 
     return functional.cross_entropy(
         logits_NCHW,
         target_NHW,
-        weight=weights.to(logits_NCHW),
+        weight=weights,
         ignore_index=-1,
         reduction="none",
     )
@@ -217,5 +222,11 @@ def _dice(logits_NCHW: Tensor, target_NHW: Tensor, mask_NHW: Tensor) -> Tensor:
     return (loss_NC * present_NC).sum(1) / present_NC.sum(1).clamp(min=1)
 
 
-def _class_weights(head: HeadSpec, rules: HeadRules) -> Tensor:
-    return torch.tensor([rules.class_weights.get(name, 1.0) for name in head.classes])
+def _class_weights(head: HeadSpec, rules: HeadRules, device: torch.device) -> Tensor:
+    return _on_device(tuple(rules.class_weights.get(name, 1.0) for name in head.classes), device)
+
+
+@cache
+def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    # Once a run: each copy from the host would make the host wait for the device.
+    return torch.tensor(weights, dtype=torch.float32, device=device)

@@ -24,6 +24,7 @@ from wsi_pipeline.network import INPUT_MULTIPLE, PATCH_CELLS
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.table import OBJECT_SCHEMA
 from wsi_pipeline.tiling import TileGrid
+from wsi_pipeline.training.raster import mirrored
 
 __all__ = ["FoundObjects", "ImageMaps", "ImagePredictor", "find_objects", "patch_probabilities"]
 
@@ -184,12 +185,6 @@ class _Mirrored:
     ) -> Iterator[NDArray[np.uint8]]:
         """Yield the pixels of each box; ``grid`` is the image's own."""
         for box in boxes:
-            rows = mirror(np.arange(box.y, box.y1), self.image.shape[0])
-            columns = mirror(np.arange(box.x, box.x1), self.image.shape[1])
+            rows = mirrored(np.arange(box.y, box.y1), self.image.shape[0])
+            columns = mirrored(np.arange(box.x, box.x1), self.image.shape[1])
             yield self.image[np.ix_(rows, columns)]
-
-
-def mirror(index: NDArray[np.intp], size: int) -> NDArray[np.intp]:
-    """Fold indices of any distance back into an axis, mirroring at its ends."""
-    folded = np.mod(index, 2 * size)
-    return np.where(folded < size, folded, 2 * size - 1 - folded)

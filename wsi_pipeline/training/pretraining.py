@@ -16,7 +16,7 @@ from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.training.augment import AugmentRules, augment
 from wsi_pipeline.training.batch import Batch
 from wsi_pipeline.training.pixels import SlideWindows
-from wsi_pipeline.training.simclr import SimclrRules, pretrain
+from wsi_pipeline.training.simclr import ENCODER_FILE, SimclrRules, pretrain
 
 __all__ = ["PretrainRules", "PretrainSlide", "pretrain_encoder"]
 
@@ -45,6 +45,11 @@ class PretrainRules:
     """Threads that read the slides."""
     simclr: SimclrRules = field(default_factory=SimclrRules)
     """``[pretrain.simclr]``."""
+    views: AugmentRules = field(
+        default_factory=lambda: AugmentRules(shift=0.25, scale_min=0.6, scale_max=2.0)
+    )
+    """``[pretrain.views]``: how two views of a window differ. They are cut from different places
+    and at different scales, which is what SimCLR learns from most (Chen et al., 2020, 3.1)."""
 
     def __post_init__(self) -> None:
         if not self.slide or self.batch < 2 or self.crop_px < 16 or self.crop_px % 16:
@@ -55,7 +60,6 @@ class PretrainRules:
 def pretrain_encoder(
     rules: PretrainRules,
     spec: ModelSpec,
-    looks: AugmentRules,
     *,
     out: Path,
     device: str,
@@ -67,7 +71,6 @@ def pretrain_encoder(
     Args:
         rules: ``[pretrain]``.
         spec: of the network that will be trained.
-        looks: how the views of a window may differ.
         out: where checkpoint, log and result go.
         device: what computes.
         on_row: told about each step.
@@ -81,6 +84,8 @@ def pretrain_encoder(
         SlideError: a slide cannot be read.
         Interrupted: ``stop`` said so.
     """
+    if (out / ENCODER_FILE).is_file():
+        return out / ENCODER_FILE
     torch.manual_seed(rules.simclr.seed)
     network = build_network(spec)
     if not isinstance(network, Cerberus):
@@ -89,7 +94,7 @@ def pretrain_encoder(
     def views(windows_BSS3: Tensor, seeds_B: Tensor) -> Tensor:
         bare = Batch(pixels=windows_BSS3, rows={}, labels={}, unknown={})
         seeds = [int(seed) for seed in seeds_B]
-        return augment(bare, spec, looks, crop_px=rules.crop_px, seeds=seeds).pixels
+        return augment(bare, spec, rules.views, crop_px=rules.crop_px, seeds=seeds).pixels
 
     with SlideWindows(
         {slide.path: slide.mpp for slide in rules.slide},

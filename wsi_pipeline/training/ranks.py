@@ -2,8 +2,9 @@
 
 Every rank draws the same batches, computes its slots of them, and adds its gradients to the
 others'; losses are divided by the sample counts of the whole batch, so the sum is the gradient
-of the whole batch. BatchNorm's statistics are each rank's own while it learns, and averaged
-when the weights are kept.
+of the whole batch. BatchNorm normalises by each rank's own samples, and its running statistics are
+averaged after every step. So all ranks hold the same network at all times, and any rank's
+checkpoint is the run's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["Ranks", "join_ranks"]
 
@@ -46,24 +47,27 @@ class Ranks:
         summed = dict(zip(names, values.tolist(), strict=True))
         return {name: count for name, count in summed.items() if count}
 
-    def add_gradients(self, network: nn.Module, active: Mapping[str, int]) -> None:
+    def add_gradients(self, network: nn.Module) -> None:
         """Give every rank the sum of all gradients.
+
+        What has a gradient on no rank has none afterwards: an optimiser passes over it, as it
+        does in a single process.
 
         Args:
             network: after the backward pass.
-            active: heads that any rank computed; the others have no gradient anywhere.
         """
         if self.world == 1:
             return
+        parameters = list(network.parameters())
+        used = torch.tensor([p.grad is not None for p in parameters], device=self.device)
+        used = used.to(torch.uint8)
+        dist.all_reduce(used, dist.ReduceOp.MAX)
         gradients = []
-        for name, parameter in network.named_parameters():
-            part, _, rest = name.partition(".")
-            idle = part == "heads" and rest.partition(".")[0] not in active
-            if not parameter.requires_grad or idle:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
+        for parameter, any_rank in zip(parameters, used.tolist(), strict=True):
+            if any_rank:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         for gradient, summed in zip(
@@ -71,13 +75,38 @@ class Ranks:
         ):
             gradient.copy_(summed.view_as(gradient))
 
-    def average_statistics(self, network: nn.Module) -> None:
-        """Give every rank the mean of all BatchNorm statistics."""
+    def share_statistics(self, network: nn.Module, rows: Mapping[str, int], samples: int) -> None:
+        """Give every rank the mean of all BatchNorm statistics after a step.
+
+        Each rank counts by the samples it has seen: a head by its labelled ones, so that a
+        rank that did not run it has no say. Without this, weights and statistics would be of
+        the first rank's samples alone.
+
+        Args:
+            network: after the step.
+            rows: labelled samples by head on this rank.
+            samples: all of this rank's.
+        """
         if self.world == 1:
             return
-        for buffer in _float_buffers(network):
-            dist.all_reduce(buffer)
-            buffer /= self.world
+        buffers, weights = [], []
+        for name, buffer in network.named_buffers():
+            part, _, rest = name.partition(".")
+            if buffer.is_floating_point():
+                buffers.append(buffer)
+                seen = rows.get(rest.partition(".")[0], 0) if part == "heads" else samples
+                weights.append(torch.full((buffer.numel(),), float(seen)))
+        if not buffers:
+            return
+        weight = torch.cat(weights).to(self.device)
+        values = torch.cat([buffer.flatten() for buffer in buffers])
+        both = torch.stack([values * weight, weight])
+        dist.all_reduce(both)
+        # Where nobody has seen anything, nobody's statistics have moved.
+        mean = torch.where(both[1] > 0, both[0] / both[1].clamp(min=1), values)
+        sizes = [buffer.numel() for buffer in buffers]
+        for buffer, shared in zip(buffers, torch.split(mean, sizes), strict=True):
+            buffer.copy_(shared.view_as(buffer))
 
     def agree(self, *values: float) -> tuple[float, ...]:
         """Return the first rank's values on every rank."""
@@ -117,7 +146,3 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(rank=dist.get_rank(), world=world, device=device)
     finally:
         dist.destroy_process_group()
-
-
-def _float_buffers(network: nn.Module) -> list[Tensor]:
-    return [buffer for buffer in network.buffers() if buffer.is_floating_point()]

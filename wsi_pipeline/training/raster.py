@@ -1,4 +1,4 @@
-"""Polygons to pixels: a pixel belongs to a polygon if its centre lies inside."""
+"""Pixels: those inside a polygon (by their centres), and those beyond an image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shapely
 from numpy.typing import NDArray
 from skimage.draw import polygon as pixels_inside
 
-__all__ = ["fill_polygons"]
+__all__ = ["fill_polygons", "mirrored"]
 
 
 def fill_polygons(polygons: NDArray[np.object_], shape: tuple[int, ...]) -> NDArray[np.int32]:
@@ -31,6 +31,12 @@ def fill_polygons(polygons: NDArray[np.object_], shape: tuple[int, ...]) -> NDAr
             rings = [np.asarray(ring.coords) for ring in (part.exterior, *part.interiors)]
             _fill(ids, rings, number)
     return ids
+
+
+def mirrored(positions: NDArray[np.intp], length: int) -> NDArray[np.intp]:
+    """Fold positions of any distance back into an axis that is mirrored at its ends."""
+    turned = positions % (2 * length)
+    return np.minimum(turned, 2 * length - 1 - turned)
 
 
 def _fill(ids: NDArray[np.int32], rings: list[NDArray[np.float64]], number: int) -> None:

@@ -138,6 +138,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.learning_rate <= 0 or not 0 <= self.ema < 1:
             raise RecipeError("[schedule] wants steps >= 1, learning_rate > 0 and 0 <= ema < 1")
+        if min(self.warmup, self.clip_norm, self.weight_decay, *self.milestones, 0) < 0:
+            raise RecipeError("[schedule] wants no negative numbers")
+        if self.weight_decay and self.optimiser == "adam":
+            raise RecipeError("[schedule] weight_decay is for optimiser 'adamw'; 'adam' has none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,8 +158,8 @@ class ValidationRules:
     """Validation images drawn with truth and prediction each time."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.images < 1:
-            raise RecipeError("[validation] wants every >= 1 and images >= 1")
+        if self.every < 1 or self.images < 1 or min(self.patience, self.pictures) < 0:
+            raise RecipeError("[validation] wants every and images >= 1, and no negative numbers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +216,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if overrides:
         changes = "".join(f"# changed: {override}\n" for override in overrides)
         text = f"{changes}{tomli_w.dumps(data)}"
+    if "text" in data:
+        raise RecipeError(f"{path}: unknown key 'text'")
     recipe = build(Recipe, {**data, "text": text}, where=path.name, folder=path.parent)
+    if not 0 <= recipe.seed < 2**31:
+        raise RecipeError(f"{path}: seed must be 0 to 2147483647, not {recipe.seed}")
     if not recipe.source:
         raise RecipeError(f"{path} names no [[source]] of annotated images")
     if recipe.pretrain is not None and recipe.start != Start():
@@ -235,7 +243,10 @@ def model_spec(recipe: Recipe, base: ModelSpec | None, *, name: str) -> ModelSpe
     heads = {head.name: head for head in (base.heads if base else ())}
     heads |= {head.name: head for head in map(_head, rules.heads)}
     heads = {name: _known_references(head, heads) for name, head in heads.items()}
-    description = recipe.description or (base.description if base else "")
+    trained = ", ".join(head.name for head in (heads.values()))
+    description = recipe.description or f"{name}: {trained}, trained by a recipe"
+    if rules.mpp is not None and not 0.05 <= rules.mpp <= 5:
+        raise RecipeError(f"[model] mpp must be from 0.05 to 5, not {rules.mpp}")
     changes = {
         key: value
         for key in ("architecture", "mpp", "halo_px")

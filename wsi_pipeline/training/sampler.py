@@ -44,6 +44,8 @@ class BatchRules:
     """Threads that read and cut; 0: what suits the machine."""
 
     def __post_init__(self) -> None:
+        if min(self.epoch_steps, self.workers) < 0:
+            raise RecipeError("[batches] epoch_steps and workers cannot be negative")
         if self.size < 1 or self.crop_px < 16 or self.crop_px % 16:
             raise RecipeError("[batches] wants size >= 1 and crop_px a multiple of 16")
         if any(share < 0 for share in self.tasks.values()):

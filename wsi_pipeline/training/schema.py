@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 import types
@@ -72,7 +73,9 @@ def _value(hint: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN
         return build(hint, value, where=where, folder=folder)
     if hint is Path and isinstance(value, str):
         return _path(value, where, folder)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise RecipeError(f"{where}: a finite number wanted, not {value}")
         return float(value)
     # True and False are whole numbers to Python, but not to who writes a recipe.
     if (

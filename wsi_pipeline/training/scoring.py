@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.device import choose_device, choose_precision
 from wsi_pipeline.errors import DatasetError
+from wsi_pipeline.job import versions
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.training.begin import held_out_images, open_parts
 from wsi_pipeline.training.evaluate import Evaluation, evaluate
@@ -17,6 +22,8 @@ from wsi_pipeline.training.sources import Source
 from wsi_pipeline.training.split import PARTS
 
 __all__ = ["score_bundle"]
+
+log = logging.getLogger(__name__)
 
 
 def score_bundle(
@@ -55,20 +62,48 @@ def score_bundle(
     sources = _sources(found.spec, dataset, layout, mpp, part)
     images = held_out_images(sources, at_most=at_most)
     device = choose_device(device)
-    half = found.spec.architecture != "stain-baseline"
-    predictor = ImagePredictor(
-        found.spec,
-        found.load_network(),
-        device=device,
-        precision=choose_precision(precision, device, half_pays=half),
-    )
-    return evaluate(predictor, images, resamples=resamples)
+    precision = choose_precision(precision, device, architecture=found.spec.architecture)
+    predictor = ImagePredictor(found.spec, found.load_network(), device=device, precision=precision)
+    about = {
+        "model": {"name": found.name, "sha256": found.digest},
+        "dataset": dataset.name,
+        "layout": layout or sources[0].name,
+        "part": part or ("validation" if dataset.is_file() else "all"),
+        "mpp": found.spec.mpp,
+        "device": device,
+        "precision": precision,
+        "resamples": resamples,
+        "interval": "95 %, bootstrap over patients",
+        "learnt_from_this_folder": _learnt_from(found.path, dataset),
+        "versions": versions(),
+    }
+    if about["learnt_from_this_folder"]:
+        log.warning(
+            "%s was trained on images of %s: these scores flatter. Judge its recipe (.toml), which "
+            "leaves the training patients out, or another folder.",
+            found.name,
+            dataset,
+        )
+    return replace(evaluate(predictor, images, resamples=resamples), about=about)
+
+
+def _learnt_from(bundle: Path, folder: Path) -> bool:
+    """Tell whether a bundle's recipe names a folder as a source, as far as can be known."""
+    recipe = bundle / "train.toml"
+    if not folder.is_dir() or not recipe.is_file():
+        return False
+    try:
+        sources = tomllib.loads(recipe.read_text(encoding="utf-8")).get("source", [])
+        paths = [Path(os.path.expandvars(str(source["path"]))) for source in sources]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return any(path.name == folder.resolve().name for path in paths)
 
 
 def _sources(
     spec: ModelSpec, dataset: Path, layout: str | None, mpp: float | None, part: str | None
 ) -> list[Source]:
-    if dataset.is_dir():
+    if dataset.suffix != ".toml":
         folder = read_dataset(dataset, layout, mpp=mpp)
         named = {name: tuple(i for i in folder.items if i.part == name) for name in PARTS}
         named["all"] = folder.items

@@ -37,6 +37,7 @@ from wsi_pipeline.training.annotation import (
 )
 from wsi_pipeline.training.batch import Batch
 from wsi_pipeline.training.conform import label_rules, resampled
+from wsi_pipeline.training.raster import mirrored
 
 __all__ = ["DEFAULT_CACHE_BYTES", "Source", "Window", "collate"]
 
@@ -313,15 +314,10 @@ def _mirrored(
     if min(x, y) >= 0 and x + side_px <= width and y + side_px <= height:
         return pixels[y : y + side_px, x : x + side_px]
     columns, rows = (
-        _reflected(np.arange(start, start + side_px), length)
+        mirrored(np.arange(start, start + side_px), length)
         for start, length in zip(corner, pixels.shape[1::-1], strict=True)
     )
     return pixels.take(rows, axis=0).take(columns, axis=1)
-
-
-def _reflected(positions: NDArray[np.intp], length: int) -> NDArray[np.intp]:
-    turned = positions % (2 * length)
-    return np.minimum(turned, 2 * length - 1 - turned)
 
 
 def _filled(mask: NDArray[T], corner: tuple[int, int], side_px: int, fill: T) -> NDArray[T]:

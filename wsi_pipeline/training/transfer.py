@@ -174,6 +174,7 @@ def start_from(
 
     Raises:
         ModelBundleError: nothing fits.
+        RecipeError: ``only`` names what neither side has.
     """
     reasons = dict(point.skipped)
     changed = _changed_layers(spec, point.spec)
@@ -182,6 +183,11 @@ def start_from(
             reasons[name] = "the head has other classes now"
         elif only and not any(_is_below(name, part) for part in only):
             reasons[name] = "not asked for"
+    places = (*point.tensors, *network.state_dict())
+    unknown = [part for part in only if not any(_is_below(name, part) for name in places)]
+    if unknown:
+        msg = f"[start] only: {unknown} are no modules; there are {_parts(network)}"
+        raise RecipeError(msg)
     wanted = {name: tensor for name, tensor in point.tensors.items() if name not in reasons}
     report = take(network, wanted, source=point.source)
     return TransferReport(

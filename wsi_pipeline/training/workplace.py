@@ -8,17 +8,20 @@
     ├── curves.png          the same, drawn
     ├── examples-000500.png validation images: truth and prediction
     ├── checkpoint.pt       everything to go on
-    └── best.safetensors    the weights that the bundle will have
+    ├── best.safetensors    the weights that the bundle will have
+    └── lock                held by the process that trains
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -30,6 +33,10 @@ from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.training.pictures import LogRow, Panel, draw_curves, draw_examples
 
 __all__ = ["Workplace"]
+
+log = logging.getLogger(__name__)
+
+_LOCK = "lock"
 
 
 @dataclass(kw_only=True)
@@ -43,6 +50,7 @@ class Workplace:
     on_row: Callable[[Mapping[str, Any]], None]
     """Told every line of the log."""
     _rows: list[Mapping[str, Any]] = field(default_factory=list)
+    _held: IO[str] | None = None
 
     @classmethod
     def open(
@@ -70,19 +78,54 @@ class Workplace:
         work = cls(folder=folder, first=first, on_row=on_row)
         if not first:
             return work
+        _check_out(out, known=folder.is_dir() or restart)
+        folder.mkdir(parents=True, exist_ok=True)
+        work._lock()
         if restart:
-            remove_tree(folder)
+            work._clear()
         known = folder / "recipe.toml"
-        if known.is_file() and known.read_text(encoding="utf-8") != recipe:
+        # What failed before its first checkpoint has nothing to lose.
+        begun = work._checkpoint.is_file() or (folder / "simclr").is_dir()
+        if begun and known.is_file() and known.read_text(encoding="utf-8") != recipe:
             msg = (
                 f"{folder} holds a run of another recipe (see its recipe.toml): go on with that "
                 "one, choose another --out, or say --restart to throw it away"
             )
+            work.close()
             raise RecipeError(msg)
-        folder.mkdir(parents=True, exist_ok=True)
         with durable_file(known) as beside:
             beside.write_text(recipe, encoding="utf-8")
         return work
+
+    def _lock(self) -> None:
+        """Keep a second run out, as long as this process lives.
+
+        Raises:
+            RecipeError: another process trains there.
+        """
+        self._held = (self.folder / _LOCK).open("w")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            msg = f"another process trains in {self.folder}: wait for it, or choose another --out"
+            raise RecipeError(msg) from error
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): start no second run there", self.folder, error)
+
+    def _clear(self) -> None:
+        """Remove everything but the lock."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                remove_tree(path)
+            elif path.name != _LOCK:
+                path.unlink()
+
+    def close(self) -> None:
+        """Let another run in."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a line to the log; NaN becomes null."""
@@ -108,12 +151,15 @@ class Workplace:
         try:
             state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
             step = int(state["course"]["step"])
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError) as error:
+        except (
+            pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError,
+        ) as error:  # fmt: skip
             reason = str(error).partition("\n")[0]
             msg = f"{self._checkpoint} cannot be read ({reason}); say --restart to begin anew"
             raise RecipeError(msg) from error
         if self.first:
-            lines = self._log.read_text(encoding="utf-8").splitlines()
+            text = self._log.read_text(encoding="utf-8") if self._log.is_file() else ""
+            lines = text.splitlines()
             self._rows = [row for row in map(_parse, lines) if row and row["step"] <= step]
             with durable_file(self._log) as beside:
                 beside.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
@@ -131,7 +177,13 @@ class Workplace:
             save_file(tensors, beside, metadata={"step": str(step), "score": str(score)})
 
     def load_best(self) -> tuple[dict[str, Tensor], int]:
-        """Return the kept weights and the step they are from."""
+        """Return the kept weights and the step they are from.
+
+        Raises:
+            RecipeError: they are gone.
+        """
+        if not self._best.is_file():
+            raise RecipeError(f"{self._best} is missing; say --restart to train anew")
         with safe_open(self._best, framework="pt") as file:
             step = int(file.metadata()["step"])
         return load_file(self._best), step
@@ -169,6 +221,17 @@ class Workplace:
 
     def _examples(self, step: int) -> Path:
         return self.folder / f"examples-{step:06d}.png"
+
+
+def _check_out(out: Path, *, known: bool) -> None:
+    """Refuse a folder that is not this run's to replace."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "spec.json").is_file():
+        raise RecipeError(f"{out} exists and is no model bundle; choose another --out")
+    if not known:
+        msg = f"{out} is a bundle of another run: choose another --out, or say --restart"
+        raise RecipeError(msg)
 
 
 def _log_row(row: Mapping[str, Any]) -> LogRow:

@@ -32,6 +32,7 @@ error. ``dataset.toml`` may also name the heads of masks that lie directly in ``
 from __future__ import annotations
 
 import csv
+import io
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -246,10 +247,18 @@ def _rows(path: Path, images: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
     rows: dict[str, dict[str, str]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as lines:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text: {error}; save it as CSV UTF-8") from error
+    with io.StringIO(text, newline="") as lines:
         for line, row in enumerate(csv.DictReader(lines), start=2):
             if None in row or None in row.values() or "image" not in row:
-                raise DatasetError(f"{path}, line {line}: not as many fields as the header, or no")
+                msg = (
+                    f"{path}, line {line}: as many fields as the header has, separated by commas, "
+                    "wanted, one of them named image"
+                )
+                raise DatasetError(msg)
             plain = {str(key).strip(): str(value).strip() for key, value in row.items()}
             name = _stem(plain["image"])
             if name not in images or name in rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,12 +118,12 @@ def pixel_size(mpp: float | None, *, published: float) -> float:
     """Return the micrometres per pixel the user states, or those of the publication.
 
     Raises:
-        DatasetError: not a positive number.
+        DatasetError: not from 0.05 to 5, as of slides.
     """
     if mpp is None:
         return published
-    if not (math.isfinite(mpp) and mpp > 0):
-        raise DatasetError(f"mpp must be micrometres per pixel, a positive number, not {mpp}")
+    if not 0.05 <= mpp <= 5:
+        raise DatasetError(f"mpp must be micrometres per pixel, from 0.05 to 5, not {mpp}")
     return mpp
 
 
