@@ -351,7 +351,7 @@ def write(path, text):
     ("spoil", "message"),
     [
         (lambda f: (f / "dataset.toml").unlink(), r"a.png: how large is a pixel\? .*dataset.toml"),
-        (lambda f: write(f / "dataset.toml", "mpp = -1"), "positive"),
+        (lambda f: write(f / "dataset.toml", "mpp = -1"), "from 0.05 to 5"),
         (lambda f: write(f / "dataset.toml", "mpp = 'x'"), "not of the right type"),
         (lambda f: write(f / "dataset.toml", "mmp = 1"), "unknown key 'mmp'; known are mpp"),
         (lambda f: write(f / "dataset.toml", "mpp = "), "no TOML"),
@@ -367,7 +367,7 @@ def write(path, text):
         ),
         (lambda f: write(f / "images.csv", "image\nc\n"), "line 2: 'c' is not in images/"),
         (lambda f: write(f / "images.csv", "image\na\na.png\n"), "line 3: 'a.png' stands there tw"),
-        (lambda f: write(f / "images.csv", "image,part\na\n"), "line 2: not as many fields"),
+        (lambda f: write(f / "images.csv", "image,part\na\n"), "line 2: as many fields"),
         (lambda f: write(f / "images.csv", "image,mpp\na,big\n"), "'big' is no number"),
     ],
 )

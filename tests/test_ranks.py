@@ -21,6 +21,7 @@ class Net(nn.Module):
         self.heads = nn.ModuleDict(
             {"a": nn.Linear(4, 2), "b": nn.Linear(4, 2), "c": nn.Linear(4, 2)}
         )
+        self.heads["norm"], self.heads["idle"] = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
 
     def forward(self, x, name):
         return self.heads[name](self.encoder(x))
