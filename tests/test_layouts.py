@@ -110,7 +110,7 @@ def test_glas_refuses(tmp_path):
 @pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), float("inf")])
 def test_mpp_is_a_positive_number(tmp_path, mpp):
     glas(tmp_path)
-    with pytest.raises(DatasetError, match="from 0.05 to 5"):
+    with pytest.raises(DatasetError, match=r"from 0\.05 to 5"):
         read_glas(tmp_path, mpp=mpp)
 
 
