@@ -145,7 +145,7 @@ def run(row: str, options: argparse.Namespace, ebhi: Path, work: Path) -> dict[s
              "recall": "pixel_recall"}  # fmt: skip
     groups = {**{g: own["gland"] for g, own in found.groups.items()}, "all": found.heads["gland"]}
     scores = {
-        group: {name: round(own[key].value, 4) for name, key in names.items()}
+        group: {name: own[key].to_json()["value"] for name, key in names.items()}
         for group, own in groups.items()
     }
     weights = open_parameters(work / row)
