@@ -137,7 +137,7 @@ def test_legends_break_into_lines_that_fit():
     assert legend_lines(entries[:1], 400) == [entries[:1]]
     assert legend_lines([], 400) == []
     ((shortened, _),) = legend_lines([("w" * 90, COLOURS[0])], 200)[0]
-    assert shortened.endswith("...")
+    assert "…" in shortened
 
 
 def tiles_of(page, top):

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.lettering import PAPER, QUIET, TEXT, Rgb, font, shorten, write
 from wsi_pipeline.tissue import TissueMask
 
 __all__ = ["draw_preview", "write_preview"]
 
-Rgb = tuple[int, int, int]
 
 PICTURE_PX = (1600, 1200)
 """The thumbnail is scaled to fit in here, up or down."""
@@ -43,9 +43,6 @@ MIN_HEIGHT_PX = 700
 OVERSAMPLE = 2
 """Lines are drawn this much larger, then reduced: Pillow does not smooth them itself."""
 
-PAPER: Rgb = (255, 255, 255)
-TEXT: Rgb = (28, 30, 36)
-QUIET: Rgb = (108, 112, 122)
 EMPTY: Rgb = (240, 241, 243)
 TISSUE: Rgb = (20, 20, 24)
 KIND_COLOURS: tuple[Rgb, ...] = ((0, 190, 80), (0, 130, 255), (245, 190, 0), (220, 60, 0))
@@ -111,8 +108,8 @@ def draw_preview(
         f"{_length(extent_um[0])} x {_length(extent_um[1])}  ·  "
         f"{pixel_size[0]:.4g} um per pixel  ·  tissue {_number(area_mm2)} sq mm"
     )
-    _write(pen, (GUTTER_PX, 20), _shorten(title, width - 2 * GUTTER_PX, 30), 30)
-    _write(pen, (GUTTER_PX, 58), facts, 19, QUIET)
+    write(pen, (GUTTER_PX, 20), shorten(title, width - 2 * GUTTER_PX, 30), 30)
+    write(pen, (GUTTER_PX, 58), facts, 19, QUIET)
 
     left = GUTTER_PX * 2 + picture.width
     below = _draw_legend(pen, (left, HEADER_PX), tuple(polygons), counts, area_mm2)
@@ -197,12 +194,12 @@ def _draw_scale_bar(picture: Image.Image, um_per_px: float) -> None:
     bar_px = round(length_um / um_per_px)
     text = _length(length_um)
     pen = ImageDraw.Draw(picture)
-    text_px = round(pen.textlength(text, font=_font(20)))
+    text_px = round(pen.textlength(text, font=font(20)))
     x0, y1 = 16, picture.height - 16
     x1, y0 = x0 + max(bar_px, text_px) + 24, y1 - 50
     pen.rounded_rectangle((x0, y0, x1, y1), radius=6, fill=PAPER, outline=(200, 202, 208))
     middle = (x0 + x1) // 2
-    _write(pen, (middle, y0 + 6), text, 20, TEXT, "ma")
+    write(pen, (middle, y0 + 6), text, 20, TEXT, "ma")
     pen.rectangle(
         (middle - bar_px // 2, y1 - 15, middle - bar_px // 2 + bar_px, y1 - 10), fill=TEXT
     )
@@ -218,11 +215,11 @@ def _draw_legend(
     """Write colours, counts and densities; return where the next thing may begin."""
     x, y = corner
     columns = (x + 44, x + 300, x + PANEL_PX)
-    _write(pen, (columns[1], y), "count", 17, QUIET, "ra")
-    _write(pen, (columns[2], y), "per sq mm tissue", 17, QUIET, "ra")
+    write(pen, (columns[1], y), "count", 17, QUIET, "ra")
+    write(pen, (columns[2], y), "per sq mm tissue", 17, QUIET, "ra")
     y += 32
     pen.line((x, y + 12, x + 30, y + 12), fill=TISSUE, width=4)
-    _write(pen, (columns[0], y), "tissue outline", 20)
+    write(pen, (columns[0], y), "tissue outline", 20)
     kinds = [*outlined, *(kind for kind in counts if kind not in outlined)]
     for kind in kinds:
         y += 32
@@ -232,10 +229,10 @@ def _draw_legend(
         else:
             for step, colour in enumerate(VIRIDIS[::2]):
                 pen.rectangle((x + 6 * step, y + 6, x + 6 * step + 6, y + 17), fill=colour)
-        _write(pen, (columns[0], y), _shorten(kind, 170, 20), 20)
-        _write(pen, (columns[1], y), f"{counts.get(kind, 0):,}", 20, TEXT, "ra")
+        write(pen, (columns[0], y), shorten(kind, 170, 20), 20)
+        write(pen, (columns[1], y), f"{counts.get(kind, 0):,}", 20, TEXT, "ra")
         rate = _number(counts.get(kind, 0) / area_mm2) if area_mm2 > 0 else "-"
-        _write(pen, (columns[2], y), rate, 20, TEXT, "ra")
+        write(pen, (columns[2], y), rate, 20, TEXT, "ra")
     return y + 52
 
 
@@ -314,7 +311,7 @@ def _draw_density(
     """Draw the density map and its colour bar into the rest of the column."""
     x, y = corner
     pen = ImageDraw.Draw(page)
-    _write(pen, (x, y), _shorten(title, PANEL_PX, 22), 22)
+    write(pen, (x, y), shorten(title, PANEL_PX, 22), 22)
     y += 36
     room = (PANEL_PX, page.height - GUTTER_PX - 80 - y)
     width = max(1, min(room[0], round(room[1] * aspect)))
@@ -329,9 +326,9 @@ def _draw_density(
     y += height + 18
     ramp = _viridis(np.linspace(0, 1, PANEL_PX)[None, :].repeat(16, axis=0))
     page.paste(Image.fromarray(ramp.astype(np.uint8)), (x, y))
-    _write(pen, (x, y + 22), "0", 17)
-    _write(pen, (x + PANEL_PX // 2, y + 22), _number(top / 2), 17, TEXT, "ma")
-    _write(pen, (x + PANEL_PX, y + 22), f"{_number(top)} per sq mm", 17, TEXT, "ra")
+    write(pen, (x, y + 22), "0", 17)
+    write(pen, (x + PANEL_PX // 2, y + 22), _number(top / 2), 17, TEXT, "ma")
+    write(pen, (x + PANEL_PX, y + 22), f"{_number(top)} per sq mm", 17, TEXT, "ra")
 
 
 def _viridis(shares: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -339,34 +336,6 @@ def _viridis(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     places = np.linspace(0, 1, len(VIRIDIS))
     channels = np.array(VIRIDIS, np.float64).T
     return np.stack([np.interp(shares, places, channel) for channel in channels], axis=-1).round()
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return Pillow's own font: everywhere the same, but little more than ASCII."""
-    return ImageFont.load_default(size=size)
-
-
-def _write(
-    pen: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    text: str,
-    size: int,
-    colour: Rgb = TEXT,
-    anchor: str = "la",
-) -> None:
-    """Write a text beside a place: to its right ("la"), left ("ra"), or around it ("ma")."""
-    pen.text(place, text, fill=colour, font=_font(size), anchor=anchor)
-
-
-def _shorten(text: str, room_px: int, size: int) -> str:
-    """Cut the middle out of a text that is too wide."""
-    font = _font(size)
-    if font.getlength(text) <= room_px:
-        return text
-    keep = len(text)
-    while keep > 2 and font.getlength(text[: keep // 2] + "…" + text[-(keep // 2) :]) > room_px:
-        keep -= 1
-    return text[: keep // 2] + "…" + text[-(keep // 2) :]
 
 
 def _length(um: float) -> str:

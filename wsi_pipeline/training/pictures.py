@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from wsi_pipeline.preview import KIND_COLOURS, PAPER, QUIET, TEXT, Rgb, write_preview
+from wsi_pipeline.lettering import PAPER, QUIET, TEXT, Rgb, shorten, write
+from wsi_pipeline.preview import KIND_COLOURS, write_preview
 from wsi_pipeline.training.plot import (
     LEGEND_LINE_PX,
     Curve,
@@ -32,8 +33,6 @@ from wsi_pipeline.training.plot import (
     legend_lines,
     loss_axes,
     points_of,
-    shorten,
-    write,
 )
 
 __all__ = ["LogRow", "Panel", "draw_curves", "draw_examples"]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from wsi_pipeline.preview import PAPER, QUIET, TEXT, Rgb
+from wsi_pipeline.lettering import PAPER, QUIET, Rgb, font, shorten, write
 
 __all__ = [
     "LEGEND_LINE_PX",
@@ -26,8 +26,6 @@ __all__ = [
     "legend_lines",
     "loss_axes",
     "points_of",
-    "shorten",
-    "write",
 ]
 
 RULE: Rgb = (226, 228, 232)
@@ -200,7 +198,7 @@ def legend_lines(entries: Sequence[tuple[str, Rgb]], room_px: int) -> list[list[
     used = room_px
     for name, colour in entries:
         text = shorten(name, room_px - LEGEND_MARK_PX, 16)
-        needed = LEGEND_MARK_PX + round(_font(16).getlength(text)) + LEGEND_GAP_PX
+        needed = LEGEND_MARK_PX + round(font(16).getlength(text)) + LEGEND_GAP_PX
         if used + needed > room_px + LEGEND_GAP_PX:
             lines.append([])
             used = 0
@@ -218,34 +216,7 @@ def draw_legend(
         for text, colour in line:
             pen.line((x, y + 10, x + 20, y + 10), fill=colour, width=4)
             write(pen, (x + LEGEND_MARK_PX, y), text, 16)
-            x += LEGEND_MARK_PX + round(pen.textlength(text, _font(16))) + LEGEND_GAP_PX
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return Pillow's own font: everywhere the same, but little more than ASCII."""
-    return ImageFont.load_default(size=size)
-
-
-def write(
-    pen: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    text: str,
-    size: int,
-    colour: Rgb = TEXT,
-    anchor: str = "la",
-) -> None:
-    """Write a text beside a place: to its right ("la"), left ("ra"), or around it ("ma")."""
-    pen.text(place, text, fill=colour, font=_font(size), anchor=anchor)
-
-
-def shorten(text: str, room_px: int, size: int) -> str:
-    """Cut the end off a text that is too wide."""
-    font = _font(size)
-    if font.getlength(text) <= room_px:
-        return text
-    while text and font.getlength(text + "...") > room_px:
-        text = text[:-1]
-    return text + "..."
+            x += LEGEND_MARK_PX + round(pen.textlength(text, font(16))) + LEGEND_GAP_PX
 
 
 def _number(value: float) -> str:
