@@ -131,10 +131,9 @@ def evaluate_command(
             json_path.parent.mkdir(parents=True, exist_ok=True)
             json_path.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
         if pictures is not None:
-            from wsi_pipeline.training.evaluate import example_panels
             from wsi_pipeline.training.pictures import draw_examples
 
-            draw_examples(example_panels(found), pictures, title="Judged images")
+            draw_examples(found.examples, pictures, title="Judged images")
 
 
 def _print_scores(found: Evaluation) -> None:

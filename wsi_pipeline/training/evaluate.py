@@ -20,13 +20,12 @@ from wsi_pipeline.errors import DatasetError
 from wsi_pipeline.metrics import bootstrap, mean_defined
 from wsi_pipeline.spec import PeakRules
 from wsi_pipeline.training.annotation import (
-    AnnotatedImage,
     BoxLabel,
     InstanceLabel,
     PatchLabel,
 )
 from wsi_pipeline.training.begin import HeldOut
-from wsi_pipeline.training.judges import MAIN_SCORES, Judge, make_judge, order_rows
+from wsi_pipeline.training.judges import MAIN_SCORES, Judge, Seen, make_judge, order_rows
 from wsi_pipeline.training.pictures import Panel
 from wsi_pipeline.training.predicted import (
     FoundObjects,
@@ -35,9 +34,8 @@ from wsi_pipeline.training.predicted import (
     find_objects,
     patch_probabilities,
 )
-from wsi_pipeline.training.raster import fill_polygons
 
-__all__ = ["Evaluation", "Score", "evaluate", "example_panels"]
+__all__ = ["Evaluation", "Score", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,10 +133,11 @@ def evaluate(
         image = held.load()
         maps = predictor.predict(image.image)
         found = find_objects(_all_peaks(maps))
+        seen = Seen(image=image, maps=maps, found=found)
         for judge in judges.values():
-            judge.look(number, image, maps, found)
+            judge.look(number, seen)
         if len(kept) < examples:
-            kept.append(_panel(image, maps, found, held.item.group))
+            kept.append(_panel(seen, held.item.group))
     used = {name: judge for name, judge in judges.items() if judge.images}
     patients = [f"{held.source.name}/{held.item.patient}" for held in images]
     groups: dict[str, list[int]] = {}
@@ -155,11 +154,6 @@ def evaluate(
         main={name: MAIN_SCORES[spec.head(name).kind] for name in used},
         examples=tuple(kept),
     )
-
-
-def example_panels(found: Evaluation, at_most: int | None = None) -> tuple[Panel, ...]:
-    """Return the examples of an evaluation, for ``pictures.draw_examples``."""
-    return found.examples[:at_most]
 
 
 def _scored(judge: Judge, patients: Sequence[str], resamples: int) -> dict[str, Score]:
@@ -198,32 +192,27 @@ def _all_peaks(maps: ImageMaps) -> ImageMaps:
     return ImageMaps(spec=replace(maps.spec, heads=heads), size=maps.size, arrays=maps.arrays)
 
 
-def _panel(
-    image: AnnotatedImage,
-    maps: ImageMaps,
-    found: Mapping[str, FoundObjects],
-    group: str | None,
-) -> Panel:
+def _panel(seen: Seen, group: str | None) -> Panel:
     truth: dict[str, NDArray[Any]] = {}
-    seen: dict[str, NDArray[Any]] = {}
-    words = [image.name] + ([group] if group else [])
-    for head in maps.spec.heads:
-        label = image.labels.get(head.name)
+    found: dict[str, NDArray[Any]] = {}
+    words = [seen.image.name] + ([group] if group else [])
+    for head in seen.maps.spec.heads:
+        label = seen.image.labels.get(head.name)
         if isinstance(label, InstanceLabel):
             truth[head.name] = label.ids
         elif isinstance(label, BoxLabel):
             truth[head.name] = label.boxes
         elif isinstance(label, PatchLabel):
-            guess = head.classes[int(patch_probabilities(maps, head).argmax())]
+            guess = head.classes[int(patch_probabilities(seen.maps, head).argmax())]
             words.append(f"{head.classes[label.id]}, called {guess}")
-        if head.name in found:
-            seen[head.name] = _drawn(found[head.name], head.rules, image.image.shape)
-    return Panel(image=image.image, truth=truth, found=seen, caption=" - ".join(words))
+        if isinstance(head.rules, PeakRules):
+            found[head.name] = _sure_boxes(seen.found[head.name], head.rules)
+        elif head.name in seen.found:
+            found[head.name] = seen.drawn(head.name)
+    return Panel(image=seen.image.image, truth=truth, found=found, caption=" - ".join(words))
 
 
-def _drawn(own: FoundObjects, rules: object, shape: tuple[int, ...]) -> NDArray[Any]:
-    if not isinstance(rules, PeakRules):
-        return fill_polygons(own.polygons, shape)
+def _sure_boxes(own: FoundObjects, rules: PeakRules) -> NDArray[np.float32]:
     bounds = [polygon.bounds for polygon in own.polygons[own.scores > rules.threshold]]
     return np.array(bounds, np.float32).reshape(-1, 4)
 

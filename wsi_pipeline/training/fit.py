@@ -35,7 +35,7 @@ from wsi_pipeline.training.augment import augment
 from wsi_pipeline.training.batch import Batch
 from wsi_pipeline.training.begin import Beginning, begin
 from wsi_pipeline.training.card import write_card
-from wsi_pipeline.training.evaluate import Evaluation, evaluate, example_panels
+from wsi_pipeline.training.evaluate import Evaluation, evaluate
 from wsi_pipeline.training.loader import Loaded, load_batches
 from wsi_pipeline.training.losses import Losses, compute_losses
 from wsi_pipeline.training.predicted import ImagePredictor
@@ -184,9 +184,7 @@ def _validate(learner: Learner, beginning: Beginning, work: Workplace) -> None:
             {"step": learner.step, "validation": found.scores() if found else {}, "score": score}
         )
         if found:
-            work.draw_examples(
-                learner.step, example_panels(found, learner.recipe.validation.pictures)
-            )
+            work.draw_examples(learner.step, found.examples[: learner.recipe.validation.pictures])
     (score,) = learner.ranks.agree(score)
     if learner.note(score) and learner.ranks.first:
         work.save_best(learner.averaged_weights(), learner.step, score)

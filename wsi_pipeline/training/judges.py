@@ -7,7 +7,7 @@ choice of them: all, those of a group, or the draws of a bootstrap.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -37,6 +37,7 @@ from wsi_pipeline.metrics import (
     majority_classes,
     match_points,
     mean_defined,
+    mean_pq,
     mpq,
     object_dice,
     object_hausdorff,
@@ -57,7 +58,7 @@ from wsi_pipeline.training.annotation import (
 from wsi_pipeline.training.predicted import FoundObjects, ImageMaps, patch_probabilities
 from wsi_pipeline.training.raster import fill_polygons
 
-__all__ = ["MAIN_SCORES", "RADIUS_UM", "Judge", "make_judge"]
+__all__ = ["MAIN_SCORES", "RADIUS_UM", "Judge", "Seen", "make_judge", "order_rows"]
 
 RADIUS_UM = 3.0
 """A nucleus is found by a centre within this distance (12 px at 0.25 mpp, Graham et al. 2019)."""
@@ -70,19 +71,40 @@ Rows = NDArray[np.intp]
 C = TypeVar("C", bound=Counts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """An image and what the network found in it; pixels are drawn and compared once."""
+
+    image: AnnotatedImage
+    """With its labels."""
+    maps: ImageMaps
+    """What the network said."""
+    found: Mapping[str, FoundObjects]
+    """By head that yields objects."""
+    _drawn: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+    _overlaps: dict[str, Overlap] = field(default_factory=dict)
+
+    def drawn(self, head: str) -> NDArray[np.int32]:
+        """Return (H, W) numbers of a head's objects, 0 where there is none."""
+        if head not in self._drawn:
+            shape = self.image.image.shape
+            self._drawn[head] = fill_polygons(self.found[head].polygons, shape)
+        return self._drawn[head]
+
+    def overlap(self, head: str, label: InstanceLabel) -> Overlap:
+        """Return how a head's objects lie on those of its label."""
+        if head not in self._overlaps:
+            self._overlaps[head] = compare(label.ids, self.drawn(head))
+        return self._overlaps[head]
+
+
 class Judge(Protocol):
     """Scores of one head."""
 
     images: list[int]
     """Numbers of the images it has looked at."""
 
-    def look(
-        self,
-        number: int,
-        image: AnnotatedImage,
-        maps: ImageMaps,
-        found: Mapping[str, FoundObjects],
-    ) -> None:
+    def look(self, number: int, seen: Seen) -> None:
         """Judge an image if it is labelled for the head."""
 
     def scores(self, rows: Rows) -> dict[str, float]:
@@ -138,20 +160,13 @@ class _InstanceJudge:
         self._pixels = _Column(PixelCounts)
         self._centres = _Column(DetectionCounts)
 
-    def look(
-        self,
-        number: int,
-        image: AnnotatedImage,
-        maps: ImageMaps,
-        found: Mapping[str, FoundObjects],
-    ) -> None:
-        label = image.labels.get(self._name)
+    def look(self, number: int, seen: Seen) -> None:
+        label = seen.image.labels.get(self._name)
         if not isinstance(label, InstanceLabel):
             return
         self.images.append(number)
-        own = found[self._name]
-        pred = fill_polygons(own.polygons, label.ids.shape)
-        overlap = compare(label.ids, pred)
+        own, pred = seen.found[self._name], seen.drawn(self._name)
+        overlap = seen.overlap(self._name, label)
         panoptic, jaccard = panoptic_counts(overlap), aggregated_jaccard(overlap)
         self._panoptic.add(panoptic)
         self._aji.add(jaccard)
@@ -223,19 +238,13 @@ class _ClassJudge:
         self._typed = [_Column(TypedCounts) for _ in head.classes[1:]]
         self._columns = [_Column(PanopticCounts) for _ in head.classes[1:]]
 
-    def look(
-        self,
-        number: int,
-        image: AnnotatedImage,
-        maps: ImageMaps,
-        found: Mapping[str, FoundObjects],
-    ) -> None:
-        objects, label = image.labels.get(self._objects), image.labels.get(self._name)
+    def look(self, number: int, seen: Seen) -> None:
+        objects, label = seen.image.labels.get(self._objects), seen.image.labels.get(self._name)
         if not isinstance(label, ClassLabel) or not isinstance(objects, InstanceLabel):
             return
         self.images.append(number)
-        own = found[self._objects]
-        overlap = compare(objects.ids, fill_polygons(own.polygons, objects.ids.shape))
+        own = seen.found[self._objects]
+        overlap = seen.overlap(self._objects, objects)
         true = majority_classes(
             overlap.true_map,
             label.ids,
@@ -261,12 +270,11 @@ class _ClassJudge:
     def scores(self, rows: Rows) -> dict[str, float]:
         pooled = [column.pool(rows) for column in self._columns]
         typed = [column.pool(rows) for column in self._typed]
-        present = [own.pq for own in pooled if own.tp + own.fn]
         right = sum(own.tp for own in typed)
         wrong = sum(own.fn_class for own in typed)
         scores = {
             "mpq": mpq([self._panoptic[row] for row in rows]),
-            "mpq_plus": mean_defined(present),
+            "mpq_plus": mean_pq(pooled),
             "accuracy_of_found": right / (right + wrong) if right + wrong else float("nan"),
             "macro_f1": mean_defined(own.f1 for own in typed if own.tp + own.fn + own.fn_class),
         }
@@ -290,19 +298,13 @@ class _PatchJudge:
         self._true: list[int] = []
         self._prob: list[NDArray[np.float64]] = []
 
-    def look(
-        self,
-        number: int,
-        image: AnnotatedImage,
-        maps: ImageMaps,
-        found: Mapping[str, FoundObjects],
-    ) -> None:
-        label = image.labels.get(self._head.name)
+    def look(self, number: int, seen: Seen) -> None:
+        label = seen.image.labels.get(self._head.name)
         if not isinstance(label, PatchLabel):
             return
         self.images.append(number)
         self._true.append(label.id)
-        self._prob.append(patch_probabilities(maps, self._head))
+        self._prob.append(patch_probabilities(seen.maps, self._head))
 
     def _chosen(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         prob = np.array(self._prob).reshape(-1, len(self._head.classes))
@@ -340,18 +342,12 @@ class _DetectJudge:
         self._detections: list[ScoredDetections] = []
         self._counts = _Column(DetectionCounts)
 
-    def look(
-        self,
-        number: int,
-        image: AnnotatedImage,
-        maps: ImageMaps,
-        found: Mapping[str, FoundObjects],
-    ) -> None:
-        label = image.labels.get(self._name)
+    def look(self, number: int, seen: Seen) -> None:
+        label = seen.image.labels.get(self._name)
         if not isinstance(label, BoxLabel):
             return
         self.images.append(number)
-        own = found[self._name]
+        own = seen.found[self._name]
         true = (label.boxes[:, :2] + label.boxes[:, 2:]) / 2 * self._mpp
         pred = own.centres * self._mpp
         excused = None if label.ignore is None else _inside(label.ignore, own.centres)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wsi_pipeline.checkpoint import load_pickled
 from wsi_pipeline.durable import disk_errors, durable_file, remove_tree
-from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.errors import ModelBundleError, RecipeError
 from wsi_pipeline.training.pictures import LogRow, Panel, draw_curves, draw_examples
 
 __all__ = ["Workplace"]
@@ -149,11 +149,9 @@ class Workplace:
                 self._log.unlink(missing_ok=True)
             return None
         try:
-            state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+            state = load_pickled(self._checkpoint)
             step = int(state["course"]["step"])
-        except (
-            pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError,
-        ) as error:  # fmt: skip
+        except (ModelBundleError, KeyError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             msg = f"{self._checkpoint} cannot be read ({reason}); say --restart to begin anew"
             raise RecipeError(msg) from error
