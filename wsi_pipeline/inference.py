@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wsi_pipeline.blocks import enlarged
 from wsi_pipeline.bundle import ModelBundle
 from wsi_pipeline.device import (
     DTYPES,
@@ -246,7 +247,11 @@ class TorchPredictor:
         return maps
 
     def _maps(self, head: HeadSpec, logits_BCHW: Tensor) -> dict[str, Tensor]:
-        scale = (self.tile_px + 2 * self.halo_px) // logits_BCHW.shape[-1]
+        read_px = self.tile_px + 2 * self.halo_px
+        scale = read_px // logits_BCHW.shape[-1]
+        if scale > head.stride and scale % head.stride == 0:
+            logits_BCHW = enlarged(logits_BCHW, scale // head.stride)
+            scale = head.stride
         if head.stride % scale or self.halo_px % scale:
             msg = f"head {head.name!r}: stride {head.stride} on logits of scale {scale}"
             raise ModelBundleError(msg)

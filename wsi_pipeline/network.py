@@ -5,6 +5,7 @@
     architecture      what it is
     cerberus          ResNet-34 with a stride-1 stem, one U-Net decoder a head, and a
                       dense patch classifier at the bottleneck
+    cerberus-lite     the same design, narrow and coarser; see ``lite.py``
     stain-baseline    colour deconvolution and local contrast; see ``stain.py``
     unet, segnet      U-Net and SegNet, for a comparison; see ``comparison.py``
     medt              Medical Transformer, likewise; see ``medt.py``
@@ -20,7 +21,9 @@ returns ``{head name: logits}``. In training, ``rows`` says which samples of the
 is computed for; heads it does not name do not run at all. (Nothing of ``stain-baseline`` is
 learned, so it has no ``rows``.) The logits' scale (input pixels a logit) divides the head's
 stride: 1 for the segmentation heads of ``cerberus`` and the comparison networks, 16 for
-``cerberus``' patch heads, 1 or 2 for ``stain-baseline``. Suffixes name the axes: ``x_BCHW``.
+``cerberus``' patch heads, 1 or 2 for ``stain-baseline``. Those of ``cerberus-lite`` are coarser
+than the stored maps and are enlarged (``enlarged`` in ``blocks.py``). Suffixes name the axes:
+``x_BCHW``.
 
 ``cerberus`` is the network of Graham et al., "One model is all you need" (Medical Image
 Analysis 2023); ResNet is He et al. (CVPR 2016).
@@ -28,23 +31,28 @@ Analysis 2023); ResNet is He et al. (CVPR 2016).
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wsi_pipeline.blocks import (
+    INPUT_MULTIPLE,
+    BasicBlock,
+    begin_undecided,
+    check_input,
+    conv_unit,
+    initialise,
+)
 from wsi_pipeline.comparison import SegNet, UNet
 from wsi_pipeline.errors import ModelBundleError
+from wsi_pipeline.lite import CerberusLite
 from wsi_pipeline.medt import MedT
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.stain import StainBaseline
 
 __all__ = ["INPUT_MULTIPLE", "Cerberus", "build_network"]
-
-INPUT_MULTIPLE = 16
-"""Height and width of an input are multiples of this: the total stride of the encoder."""
 
 PATCH_CELLS = 9
 """Bottleneck cells a side that a patch prediction averages: 144 input pixels."""
@@ -64,6 +72,7 @@ def build_network(spec: ModelSpec) -> nn.Module:
     """
     architectures: dict[str, Callable[..., nn.Module]] = {
         "cerberus": Cerberus,
+        "cerberus-lite": CerberusLite,
         "stain-baseline": StainBaseline,
         "unet": UNet,
         "segnet": SegNet,
@@ -112,10 +121,10 @@ class Cerberus(nn.Module):
             else:
                 module = _SegmentationHead(widths, head_width, head.logit_channels)
             self.heads[head.name] = module
-        self.apply(_initialise)
+        self.apply(initialise)
         for head in heads:
             last = "conv2" if head.kind == "patch" else "output.logits"
-            _begin_undecided(self.heads[head.name].get_submodule(last), few=head.kind == "detect")
+            begin_undecided(self.heads[head.name].get_submodule(last), few=head.kind == "detect")
 
     def forward(
         self, x_BCHW: Tensor, rows: Mapping[str, Tensor] | None = None
@@ -130,7 +139,7 @@ class Cerberus(nn.Module):
         Returns:
             ``(n, C, H, W)`` logits a segmentation head, ``(n, C, H/16, W/16)`` a patch head.
         """
-        _check_input(x_BCHW)
+        check_input(x_BCHW)
         *skips, bottleneck = self.encoder(x_BCHW / 255)
         wanted = {n: head for n, head in self.heads.items() if rows is None or n in rows}
         patches = [isinstance(head, _PatchHead) for head in wanted.values()]
@@ -149,13 +158,13 @@ class _Encoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], blocks: Sequence[int]) -> None:
         super().__init__()
-        self.stem = _unit(3, widths[0], kernel=7, bias=False)
+        self.stem = conv_unit(3, widths[0], kernel=7, bias=False)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.stages = nn.ModuleList()
         width_in = widths[0]
         for index, (width, count) in enumerate(zip(widths, blocks, strict=True)):
-            stage = [_Block(width_in, width, stride=1 if index == 0 else 2)]
-            stage += [_Block(width, width, stride=1) for _ in range(count - 1)]
+            stage = [BasicBlock(width_in, width, stride=1 if index == 0 else 2)]
+            stage += [BasicBlock(width, width, stride=1) for _ in range(count - 1)]
             self.stages.append(nn.Sequential(*stage))
             width_in = width
 
@@ -169,32 +178,6 @@ class _Encoder(nn.Module):
         return maps
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut (ResNet's basic block)."""
-
-    def __init__(self, width_in: int, width: int, *, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.stride = stride
-        self.shortcut: nn.Sequential | None = None
-        if stride != 1 or width_in != width:
-            conv = nn.Conv2d(width_in, width, 1, bias=False)
-            self.shortcut = nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(width)))
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = functional.relu(self.norm1(self.conv1(x_BCHW)), inplace=True)
-        y_BCHW = self.norm2(self.conv2(y_BCHW))
-        if self.shortcut is not None:
-            # A 1 x 1 convolution of every second pixel. Written with stride=2, its backward pass
-            # in oneDNN (torch 2.13, channels last, 8 to 12 channels) writes beyond its memory.
-            x_BCHW = self.shortcut(x_BCHW[:, :, :: self.stride, :: self.stride])
-        y_BCHW = y_BCHW + x_BCHW
-        return functional.relu(y_BCHW, inplace=True)
-
-
 class _SegmentationHead(nn.Module):
     """Four times: double the size, add the encoder's map, two convolutions."""
 
@@ -202,10 +185,10 @@ class _SegmentationHead(nn.Module):
         super().__init__()
         stem, middle, deep, _ = widths
         self.stages = nn.ModuleList(
-            nn.Sequential(_unit(width_in, width_in), _unit(width_in, width_out))
+            nn.Sequential(conv_unit(width_in, width_in), conv_unit(width_in, width_out))
             for width_in, width_out in ((deep, middle), (middle, stem), (stem, stem), (stem, stem))
         )
-        hidden = _unit(stem, head_width, kernel=1)
+        hidden = conv_unit(stem, head_width, kernel=1)
         self.output = nn.Sequential(
             OrderedDict(hidden=hidden, logits=nn.Conv2d(head_width, channels, 1))
         )
@@ -244,38 +227,3 @@ class _PatchHead(nn.Module):
         x_BCHW = self.dropout(functional.relu(self.norm1(x_BCHW)))
         logits_BCHW: Tensor = self.conv2(functional.relu(self.norm2(self.conv1(x_BCHW))))
         return logits_BCHW
-
-
-def _unit(width_in: int, width_out: int, *, kernel: int = 3, bias: bool = True) -> nn.Sequential:
-    conv = nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2, bias=bias)
-    parts = OrderedDict(conv=conv, norm=nn.BatchNorm2d(width_out), act=nn.ReLU(inplace=True))
-    return nn.Sequential(parts)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def _begin_undecided(logits: nn.Module, *, few: bool) -> None:
-    """Start a head with nearly equal logits: a confident guess must be unlearnt first.
-
-    A detect head (``few``) starts at a heat of 1 % everywhere, as centres are rare (Lin et al.,
-    "Focal Loss", 2017, 4.1).
-    """
-    assert isinstance(logits, nn.Conv2d)
-    assert logits.bias is not None
-    nn.init.normal_(logits.weight, std=0.01 if few else 0.1)
-    nn.init.zeros_(logits.bias)
-    if few:
-        nn.init.constant_(logits.bias[:1], math.log(0.01 / 0.99))
-
-
-def _check_input(x_BCHW: Tensor) -> None:
-    if (
-        x_BCHW.ndim != 4
-        or x_BCHW.shape[1] != 3
-        or any(n % INPUT_MULTIPLE for n in x_BCHW.shape[2:])
-    ):
-        msg = f"input must be (B, 3, H, W) with H and W multiples of 16, not {x_BCHW.shape}"
-        raise ValueError(msg)

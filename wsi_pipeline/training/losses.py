@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from wsi_pipeline.blocks import enlarged
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.network import PATCH_CELLS
 from wsi_pipeline.spec import HeadSpec, ModelSpec
@@ -146,6 +147,9 @@ def _head_terms(
     if head.kind == "detect":
         unknown = batch.unknown[head.name]
         return centre_loss(logits_NCHW, labels, unknown, head, mpp=mpp)
+    if scale > head.stride:
+        logits_NCHW = enlarged(logits_NCHW, scale // head.stride)
+        scale = head.stride
     labels_NHW = at_scale(labels, scale)
     if head.kind == "class":
         return _class_terms(head, rules, logits_NCHW, class_targets(labels_NHW))

@@ -10,6 +10,9 @@ Most images of the archive are fluorescence; keep the folders of the stained one
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,23 +34,34 @@ from wsi_pipeline.training.layouts.reading import (
 
 __all__ = ["read_dsb2018"]
 
+_USUAL_MPP = 0.25
+_FINEST_MPP, _COARSEST_MPP = 0.05, 1.0
 
-def read_dsb2018(folder: Path, *, mpp: float | None = None) -> Dataset:
+
+def read_dsb2018(
+    folder: Path, *, mpp: float | None = None, nucleus_um: float | None = None
+) -> Dataset:
     """List DSB 2018: ``nuclei`` instances. Patients are not published.
 
     Args:
         folder: in one of the two forms.
-        mpp: micrometres per pixel. Not published, and the images differ in it, so it must
-            be given.
+        mpp: micrometres per pixel. Not published, and the images differ in it, so it or
+            ``nucleus_um`` must be given.
+        nucleus_um: give each image the pixel size at which its median nucleus is as large as a
+            disk of this diameter; an image without nuclei has ``mpp``, else 0.25.
 
     Raises:
         DatasetError: no ``mpp``, neither form, or an image without its masks.
     """
     require(folder)
+    if nucleus_um is not None:
+        with_size = read_dsb2018(folder, mpp=mpp or _USUAL_MPP)
+        items = [replace(i, load=partial(_sized, i.load, nucleus_um)) for i in with_size.items]
+        return replace(with_size, items=tuple(items))
     if mpp is None:
         msg = (
             f"{folder}: DSB 2018 does not state how large a pixel is; say it with mpp "
-            "(micrometres per pixel), for example from the size of the nuclei"
+            "(micrometres per pixel), or say how large a nucleus is with nucleus_um"
         )
         raise DatasetError(msg)
     size = pixel_size(mpp, published=mpp)
@@ -64,6 +78,20 @@ def read_dsb2018(folder: Path, *, mpp: float | None = None) -> Dataset:
         if not items:
             raise DatasetError(f"{folder} has neither <id>/images nor instances: not DSB 2018")
     return Dataset(name="dsb2018", path=folder, labels={"nuclei": ()}, items=tuple(items))
+
+
+def _sized(load: Callable[[], AnnotatedImage], nucleus_um: float) -> AnnotatedImage:
+    """Load an image and derive its pixel size from its median nucleus."""
+    image = load()
+    nuclei = image.labels["nuclei"]
+    assert isinstance(nuclei, InstanceLabel)
+    areas_px = np.bincount(nuclei.ids.ravel())[1:]
+    areas_px = areas_px[areas_px > 0]
+    if not areas_px.size:
+        return image
+    diameter_px = math.sqrt(4 * float(np.median(areas_px)) / math.pi)
+    mpp = min(max(nucleus_um / diameter_px, _FINEST_MPP), _COARSEST_MPP)
+    return replace(image, mpp=mpp)
 
 
 def _item(folder: Path, mpp: float) -> Item:

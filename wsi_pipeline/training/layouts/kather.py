@@ -14,8 +14,17 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from wsi_pipeline.errors import DatasetError
-from wsi_pipeline.training.annotation import AnnotatedImage, Dataset, Item, PatchLabel
+from wsi_pipeline.training.annotation import (
+    AnnotatedImage,
+    Dataset,
+    InstanceLabel,
+    Item,
+    Label,
+    PatchLabel,
+)
 from wsi_pipeline.training.layouts.reading import image_files, pixel_size, read_rgb, require
 
 __all__ = ["KATHER_CLASSES", "read_kather"]
@@ -34,11 +43,13 @@ _NAMES = {
 }
 KATHER_CLASSES = tuple(_NAMES.values())
 """Names by id, in the order of the publishers' abbreviations."""
+_WITH_GLANDS = ("DEB", "NORM", "TUM")
+"""Classes whose tiles show glands, or may."""
 _SETS = {"NCT-CRC-HE-100K": "train", "NCT-CRC-HE-100K-NONORM": "train", "CRC-VAL-HE-7K": "test"}
 _CASE = re.compile(r"TCGA(?:-[A-Z0-9]+)+", re.IGNORECASE)
 
 
-def read_kather(folder: Path, *, mpp: float | None = None) -> Dataset:
+def read_kather(folder: Path, *, mpp: float | None = None, gland_free: bool = False) -> Dataset:
     """List Kather's tiles: ``tissue``, one class for the whole image.
 
     The publishers do not say which patient a tile is from. A tile's patient is the ``TCGA-...``
@@ -48,6 +59,9 @@ def read_kather(folder: Path, *, mpp: float | None = None) -> Dataset:
     Args:
         folder: one set, a folder that holds both, or a flat selection.
         mpp: micrometres per pixel; default 0.5 (Kather et al. 2019, doi 10.5281/zenodo.1214456).
+        gland_free: list the tiles of the classes that hold no gland (all but normal mucosa,
+            tumour epithelium and debris), with empty ``gland`` and ``lumen`` labels beside
+            ``tissue``: negatives for a network that finds glands.
 
     Raises:
         DatasetError: no class folders and no class names, or both forms of the large set.
@@ -72,13 +86,17 @@ def read_kather(folder: Path, *, mpp: float | None = None) -> Dataset:
         Item(
             name=name,
             patient=_patient(path.stem),
-            load=partial(_load, name, path, code, size),
+            load=partial(_load, name, path, code, size, gland_free),
             part=part,
             group=_NAMES[code],
         )
         for name, path, code, part in sorted(found)
+        if not (gland_free and code in _WITH_GLANDS)
     )
-    return Dataset(name="kather", path=folder, labels={"tissue": KATHER_CLASSES}, items=items)
+    labels: dict[str, tuple[str, ...]] = {"tissue": KATHER_CLASSES}
+    if gland_free:
+        labels |= {"gland": (), "lumen": ()}
+    return Dataset(name="kather", path=folder, labels=labels, items=items)
 
 
 def _tiles(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -98,6 +116,12 @@ def _patient(stem: str) -> str:
     return case.group().upper() if case else stem
 
 
-def _load(name: str, path: Path, code: str, mpp: float) -> AnnotatedImage:
-    label = PatchLabel(id=list(_NAMES).index(code), classes=KATHER_CLASSES)
-    return AnnotatedImage(name=name, image=read_rgb(path), mpp=mpp, labels={"tissue": label})
+def _load(name: str, path: Path, code: str, mpp: float, gland_free: bool) -> AnnotatedImage:
+    image = read_rgb(path)
+    labels: dict[str, Label] = {
+        "tissue": PatchLabel(id=list(_NAMES).index(code), classes=KATHER_CLASSES)
+    }
+    if gland_free:
+        empty = InstanceLabel(ids=np.zeros(image.shape[:2], np.int32))
+        labels |= {"gland": empty, "lumen": empty}
+    return AnnotatedImage(name=name, image=image, mpp=mpp, labels=labels)

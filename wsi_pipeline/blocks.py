@@ -1,0 +1,101 @@
+"""What the networks of the Cerberus family are made of."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = [
+    "INPUT_MULTIPLE",
+    "BasicBlock",
+    "begin_undecided",
+    "check_input",
+    "conv_unit",
+    "enlarged",
+    "initialise",
+]
+
+INPUT_MULTIPLE = 16
+"""Height and width of an input are multiples of this: the total stride of the encoders."""
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (ResNet's basic block)."""
+
+    def __init__(self, width_in: int, width: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.shortcut: nn.Sequential | None = None
+        if stride != 1 or width_in != width:
+            conv = nn.Conv2d(width_in, width, 1, bias=False)
+            self.shortcut = nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(width)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Map ``(B, C_in, H, W)`` to ``(B, C, H / stride, W / stride)``."""
+        y_BCHW = functional.relu(self.norm1(self.conv1(x_BCHW)), inplace=True)
+        y_BCHW = self.norm2(self.conv2(y_BCHW))
+        if self.shortcut is not None:
+            # A 1 x 1 convolution of every second pixel. Written with stride=2, its backward pass
+            # in oneDNN (torch 2.13, channels last, 8 to 12 channels) writes beyond its memory.
+            x_BCHW = self.shortcut(x_BCHW[:, :, :: self.stride, :: self.stride])
+        y_BCHW = y_BCHW + x_BCHW
+        return functional.relu(y_BCHW, inplace=True)
+
+
+def conv_unit(
+    width_in: int, width_out: int, *, kernel: int = 3, stride: int = 1, bias: bool = True
+) -> nn.Sequential:
+    """Return convolution, batch normalisation, ReLU."""
+    conv = nn.Conv2d(width_in, width_out, kernel, stride, padding=kernel // 2, bias=bias)
+    parts = OrderedDict(conv=conv, norm=nn.BatchNorm2d(width_out), act=nn.ReLU(inplace=True))
+    return nn.Sequential(parts)
+
+
+def initialise(module: nn.Module) -> None:
+    """Give a convolution He et al.'s weights; for ``nn.Module.apply``."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def begin_undecided(logits: nn.Module, *, few: bool) -> None:
+    """Start a head with nearly equal logits: a confident guess must be unlearnt first.
+
+    A detect head (``few``) starts at a heat of 1 % everywhere, as centres are rare (Lin et al.,
+    "Focal Loss", 2017, 4.1).
+    """
+    assert isinstance(logits, nn.Conv2d)
+    assert logits.bias is not None
+    nn.init.normal_(logits.weight, std=0.01 if few else 0.1)
+    nn.init.zeros_(logits.bias)
+    if few:
+        nn.init.constant_(logits.bias[:1], math.log(0.01 / 0.99))
+
+
+def check_input(x_BCHW: Tensor) -> None:
+    """Raise ``ValueError`` for what is not (B, 3, H, W) with sides of 16 pixels' multiples."""
+    if (
+        x_BCHW.ndim != 4
+        or x_BCHW.shape[1] != 3
+        or any(n % INPUT_MULTIPLE for n in x_BCHW.shape[2:])
+    ):
+        msg = f"input must be (B, 3, H, W) with H and W multiples of 16, not {x_BCHW.shape}"
+        raise ValueError(msg)
+
+
+def enlarged(logits_BCHW: Tensor, times: int) -> Tensor:
+    """Interpolate logits coarser than the stored map bilinearly, corner on corner.
+
+    Training compares and inference stores the same enlarged logits.
+    """
+    if times == 1:
+        return logits_BCHW
+    return functional.interpolate(
+        logits_BCHW, scale_factor=times, mode="bilinear", align_corners=False
+    )
