@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = [
     "INPUT_MULTIPLE",
@@ -15,6 +17,7 @@ __all__ = [
     "check_input",
     "conv_unit",
     "enlarged",
+    "fold_batch_norms",
     "initialise",
 ]
 
@@ -45,8 +48,7 @@ class BasicBlock(nn.Module):
             # A 1 x 1 convolution of every second pixel. Written with stride=2, its backward pass
             # in oneDNN (torch 2.13, channels last, 8 to 12 channels) writes beyond its memory.
             x_BCHW = self.shortcut(x_BCHW[:, :, :: self.stride, :: self.stride])
-        y_BCHW = y_BCHW + x_BCHW
-        return functional.relu(y_BCHW, inplace=True)
+        return functional.relu(y_BCHW.add_(x_BCHW), inplace=True)
 
 
 def conv_unit(
@@ -99,3 +101,27 @@ def enlarged(logits_BCHW: Tensor, times: int) -> Tensor:
     return functional.interpolate(
         logits_BCHW, scale_factor=times, mode="bilinear", align_corners=False
     )
+
+
+def fold_batch_norms(network: nn.Module) -> None:
+    """Work the normalisations that follow a convolution into it, in place.
+
+    In evaluation mode a normalisation is an affine map of each channel, so the network computes
+    the same function (up to rounding) with one pass over memory less for each. Those that do
+    not directly follow a convolution stay.
+
+    Args:
+        network: in evaluation mode.
+    """
+    for module in list(network.modules()):
+        pairs: list[tuple[str, str]] = []
+        if isinstance(module, BasicBlock):
+            pairs = [("conv1", "norm1"), ("conv2", "norm2")]
+        elif isinstance(module, nn.Sequential):
+            names = list(dict(module.named_children()))
+            pairs = list(itertools.pairwise(names))
+        for first, second in pairs:
+            conv, norm = getattr(module, first), getattr(module, second)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())

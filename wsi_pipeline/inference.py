@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_pipeline.blocks import enlarged
+from wsi_pipeline.blocks import enlarged, fold_batch_norms
 from wsi_pipeline.bundle import ModelBundle
 from wsi_pipeline.device import (
     DTYPES,
@@ -90,7 +90,8 @@ class TorchPredictor:
 
         Args:
             spec: what the network promises.
-            network: in evaluation mode; it is moved to the device and the precision.
+            network: in evaluation mode; its normalisations are folded into its convolutions,
+                and it is moved to the device and the precision.
             device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
             precision: ``fp32``, ``bf16``, ``fp16``.
             tile_px: side of a write box, a multiple of 16 and of the heads' strides.
@@ -108,6 +109,7 @@ class TorchPredictor:
         # Tiles the device takes at once; out-of-memory halves it. A CPU gains nothing by more
         # than one, and its kernels round differently by the number.
         self._limit = 1 if device == "cpu" else batch_size
+        fold_batch_norms(network)
         network = network.to(device=device, dtype=DTYPES[precision])
         self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from wsi_pipeline.blocks import (
     BasicBlock,
     begin_undecided,
     check_input,
     conv_unit,
+    enlarged,
     initialise,
 )
 from wsi_pipeline.errors import ModelBundleError
@@ -145,9 +145,7 @@ class _Decoder(nn.Module):
         for project, unit, map_BCHW in reversed(steps):
             y_BCHW = project(map_BCHW)
             if x_BCHW is not None:
-                y_BCHW = y_BCHW + functional.interpolate(
-                    x_BCHW, scale_factor=2, mode="bilinear", align_corners=False
-                )
+                y_BCHW.add_(enlarged(x_BCHW, 2))
             x_BCHW = unit(y_BCHW)
         logits_BCHW: Tensor = self.logits(x_BCHW)
         return logits_BCHW

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 from skimage.draw import polygon as pixels_inside
 
-__all__ = ["fill_polygons", "mirrored"]
+from wsi_pipeline.geometry import PixelGrid
+
+__all__ = ["fill_polygons", "mirrored", "number_pixels", "on_grid"]
 
 
 def fill_polygons(polygons: NDArray[np.object_], shape: tuple[int, ...]) -> NDArray[np.int32]:
@@ -31,6 +35,36 @@ def fill_polygons(polygons: NDArray[np.object_], shape: tuple[int, ...]) -> NDAr
             rings = [np.asarray(ring.coords) for ring in (part.exterior, *part.interiors)]
             _fill(ids, rings, number)
     return ids
+
+
+def number_pixels(polygons: NDArray[np.object_], shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """Number the pixels whose centres a polygon holds; the smaller of two covers the larger.
+
+    Args:
+        polygons: in pixels of the mask.
+        shape: (H, W).
+
+    Returns:
+        (H, W): 0, or 1 + the polygon's index.
+    """
+    ids = np.zeros(shape, np.int32)
+    for index in np.argsort(-shapely.area(polygons), kind="stable"):
+        polygon = polygons[index]
+        x0, y0, x1, y1 = shapely.bounds(polygon)
+        left, top = max(0, math.floor(x0)), max(0, math.floor(y0))
+        right, bottom = min(shape[1], math.ceil(x1)), min(shape[0], math.ceil(y1))
+        if left >= right or top >= bottom:
+            continue
+        shapely.prepare(polygon)
+        x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(top, bottom) + 0.5)
+        ids[top:bottom, left:right][shapely.contains_xy(polygon, x, y)] = index + 1
+    return ids
+
+
+def on_grid(polygons: NDArray[np.object_], grid: PixelGrid) -> NDArray[np.object_]:
+    """Move polygons from level-0 pixels to those of a grid."""
+    moved: NDArray[np.object_] = shapely.transform(polygons, grid.from_level0)
+    return moved
 
 
 def mirrored(positions: NDArray[np.intp], length: int) -> NDArray[np.intp]:

@@ -16,6 +16,7 @@ from wsi_pipeline.errors import DatasetError
 from wsi_pipeline.training.annotation import Dataset
 from wsi_pipeline.training.layouts.consep import read_consep
 from wsi_pipeline.training.layouts.crag import read_crag
+from wsi_pipeline.training.layouts.crops import read_crops_labels
 from wsi_pipeline.training.layouts.digestpath import read_digestpath
 from wsi_pipeline.training.layouts.dsb2018 import read_dsb2018
 from wsi_pipeline.training.layouts.ebhi import read_ebhi
@@ -88,6 +89,7 @@ LAYOUTS = {
         read=read_plain,
         marks=(("images", "instances"), ("images", "classes"), ("images", "patches.csv")),
     ),
+    "crops": Layout(read=read_crops_labels, marks=(("crops/*.geojson",),)),
     "objects": Layout(read=read_objects_labels, marks=(("objects/*.parquet",), ("*.parquet",))),
 }
 """The layouts by name."""

@@ -41,6 +41,7 @@ from wsi_pipeline.training.annotation import (
     Item,
     Label,
 )
+from wsi_pipeline.training.raster import number_pixels, on_grid
 
 __all__ = ["read_objects_labels"]
 
@@ -303,7 +304,7 @@ def _load(window: _Window) -> AnnotatedImage:
     local = grid.window(window.box)
     unknown = np.zeros(image.shape[:2], np.bool_)
     if window.complete is not None:
-        unknown = _drawn(_on_grid(window.complete, local), image.shape[:2]) == 0
+        unknown = number_pixels(on_grid(window.complete, local), image.shape[:2]) == 0
     labels: dict[str, Label] = {}
     for head, objects in window.heads.items():
         labels |= _labels(head, objects, local, unknown)
@@ -315,11 +316,11 @@ def _load(window: _Window) -> AnnotatedImage:
 def _labels(
     head: str, objects: _Objects, grid: PixelGrid, unknown: NDArray[np.bool_]
 ) -> dict[str, Label]:
-    polygons = _on_grid(objects.polygons, grid)
+    polygons = on_grid(objects.polygons, grid)
     if objects.as_boxes:
         bounds = shapely.bounds(polygons).reshape(-1, 4).astype(np.float32)
         return {head: BoxLabel(boxes=bounds, ignore=unknown if unknown.any() else None)}
-    ids = _drawn(polygons, unknown.shape)
+    ids = number_pixels(polygons, unknown.shape)
     classes = np.concatenate([np.zeros(1, np.uint8), objects.ids])[ids]
     classes[unknown] = IGNORE_CLASS
     ids[unknown] = IGNORE_ID
@@ -327,32 +328,3 @@ def _labels(
     if objects.classes:
         labels[f"{head}-class"] = ClassLabel(ids=classes, classes=objects.classes)
     return labels
-
-
-def _on_grid(polygons: Polygons, grid: PixelGrid) -> Polygons:
-    moved: Polygons = shapely.transform(polygons, grid.from_level0)
-    return moved
-
-
-def _drawn(polygons: Polygons, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Number the pixels whose centres a polygon holds; the smaller of two covers the larger.
-
-    Args:
-        polygons: in pixels of the mask.
-        shape: (H, W).
-
-    Returns:
-        (H, W): 0, or 1 + the polygon's index.
-    """
-    ids = np.zeros(shape, np.int32)
-    for index in np.argsort(-shapely.area(polygons), kind="stable"):
-        polygon = polygons[index]
-        x0, y0, x1, y1 = shapely.bounds(polygon)
-        left, top = max(0, math.floor(x0)), max(0, math.floor(y0))
-        right, bottom = min(shape[1], math.ceil(x1)), min(shape[0], math.ceil(y1))
-        if left >= right or top >= bottom:
-            continue
-        shapely.prepare(polygon)
-        x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(top, bottom) + 0.5)
-        ids[top:bottom, left:right][shapely.contains_xy(polygon, x, y)] = index + 1
-    return ids
