@@ -1,4 +1,4 @@
-"""How well the default model finds the objects of synthetic slides whose truth is known.
+"""How well a model finds the objects of synthetic slides whose truth is known.
 
     python benchmarks/accuracy.py [--mpp 0.25 0.37 0.5] [--side-um 1500] [--model NAME|DIR]
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--side-um", type=float, default=1500.0)
     parser.add_argument("--tile-size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--model")
+    parser.add_argument("--model", default="stain-baseline", help="NAME or DIR")
     parser.add_argument("--json", action="store_true", help="compact, on one line")
     options = parser.parse_args()
     result = {}

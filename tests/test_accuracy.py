@@ -1,4 +1,4 @@
-"""The default model on synthetic slides: what the whole chain gets right, at any pixel size."""
+"""The baseline on synthetic slides: what the whole chain gets right, at any pixel size."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def scores(request, tmp_path_factory):
     slide = folder / "s.svs"
     side = round(600 / mpp)
     write_slide(slide, width=side, height=side, mpp=mpp, seed=21)
-    (report,) = wsi.run([slide], folder / "out", tile_size=256)
+    (report,) = wsi.run([slide], folder / "out", model="stain-baseline", tile_size=256)
     assert report.done, report.reason
     return score(slide, folder / "out" / "objects" / "s.parquet", mpp)
 

@@ -278,6 +278,8 @@ CHANGES = {
     "anisotropy": 0.3,
     "shear_deg": 0.0,
     "shift": 0.2,
+    "vesicular_p": 0.0,
+    "vesicular_head": "other",
     "stain_h": 0.1,
     "stain_e": 0.1,
     "stain_rest": 0.0,
@@ -299,7 +301,12 @@ CHANGES = {
 def test_every_rule_matters():
     assert set(CHANGES) == {field.name for field in dataclasses.fields(AugmentRules)}
     batch, seeds = windows(8, 32), list(range(8))
-    busy = dataclasses.replace(AugmentRules(), grey_p=0.5, blur_p=0.4, sharpen_p=0.4, noise_p=0.5)
+    batch.labels["nuclei"][:, ::8] = 0  # ground between nuclei, with pixels that touch none
+    batch.labels["nuclei"][:, 1::8] = 0
+    batch.labels["nuclei"][:, 2::8] = 0
+    busy = dataclasses.replace(
+        AugmentRules(), grey_p=0.5, blur_p=0.4, sharpen_p=0.4, noise_p=0.5, vesicular_p=0.5
+    )
     usual = augment(batch, SPEC, busy, crop_px=16, seeds=seeds).pixels
     for name, value in CHANGES.items():
         rules = dataclasses.replace(busy, **{name: value})
@@ -307,9 +314,9 @@ def test_every_rule_matters():
         assert not torch.equal(pixels, usual), name
 
 
-def geometry(rules, count=4000):
-    matrix, shift = augment_module._affines(augment_module._draw(range(count)), rules)
-    return matrix, shift
+def geometry(rules, count=4000, scales=None):
+    draws = augment_module._draw(range(count))
+    return augment_module._affines(draws, rules, scales or [None] * count)
 
 
 def test_geometry_fills_its_ranges_and_no_more():
@@ -345,6 +352,35 @@ def test_geometry_fills_its_ranges_and_no_more():
     assert np.array_equal(matrix, np.broadcast_to(np.eye(2), matrix.shape))
     assert shift.min() < -0.099
     assert 0.099 < shift.max() <= 0.1
+
+
+def test_a_source_has_scales_of_its_own():
+    rules = dataclasses.replace(OFF, scale_min=0.5, scale_max=2.0)
+    scales = [None, (0.8, 1.25), (1.5, 1.5)] * 1000
+    matrix, _ = geometry(rules, 3000, scales)
+    scale = np.sqrt(np.abs(np.linalg.det(matrix)))
+    assert scale[::3].min() < 0.52 < 1.95 < scale[::3].max()
+    assert 0.8 <= scale[1::3].min() < 0.81 < 1.24 < scale[1::3].max() <= 1.25 + 1e-9
+    assert np.allclose(scale[2::3], 1.5)
+    # those of a sample do not move the others, and its place between the limits stays
+    assert np.array_equal(matrix[::3], geometry(rules, 3000)[0][::3])
+    usual = np.sqrt(np.abs(np.linalg.det(geometry(rules, 3000)[0])))[1::3]
+    share = np.log(scale[1::3] / 0.8) / np.log(1.25 / 0.8)
+    assert np.allclose(share, np.log(usual / 0.5) / np.log(4))
+
+
+def test_a_crop_depends_on_its_seed_and_its_sources_scales():
+    batch, rules = windows(3, 64), AugmentRules()
+    usual = augment(batch, SPEC, rules, crop_px=32, seeds=[1, 2, 3]).pixels
+    own = (rules.scale_min, rules.scale_max)
+    same = augment(batch, SPEC, rules, crop_px=32, seeds=[1, 2, 3], scales=[own, None, own])
+    assert torch.equal(same.pixels, usual)
+    mixed = augment(batch, SPEC, rules, crop_px=32, seeds=[1, 2, 3], scales=[None, (2, 2), None])
+    assert torch.equal(mixed.pixels[[0, 2]], usual[[0, 2]])
+    assert not torch.equal(mixed.pixels[1], usual[1])
+    alone = Batch(pixels=batch.pixels[1:2], rows={}, labels={}, unknown={})
+    crop = augment(alone, SPEC, rules, crop_px=32, seeds=[2], scales=[(2, 2)])
+    assert torch.equal(crop.pixels[0], mixed.pixels[1])
 
 
 def look(count=1, **changes):
@@ -450,6 +486,7 @@ def test_the_papers_rules_keep_its_ranges():
     ("changes", "names"),
     [
         ({"flip_p": 1.5}, "flip_p"),
+        ({"vesicular_p": 1.01}, "vesicular_p"),
         ({"noise_max": -1.0}, "noise_max"),
         ({"contrast": math.nan}, "contrast"),
         ({"shear_deg": "2"}, "shear_deg"),
@@ -467,5 +504,7 @@ def test_rules_that_make_no_sense_are_refused(changes, names):
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="as many seeds"):
         augment(windows(2), SPEC, OFF, crop_px=32, seeds=[1])
+    with pytest.raises(ValueError, match="as many seeds and scales, not 2 and 1"):
+        augment(windows(2), SPEC, OFF, crop_px=32, seeds=[1, 2], scales=[None])
     with pytest.raises(ValueError, match="about their middle"):
         augment(windows(2), SPEC, OFF, crop_px=31, seeds=[1, 2])

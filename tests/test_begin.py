@@ -13,10 +13,12 @@ from wsi_pipeline.errors import DatasetError, RecipeError
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.training.annotation import AnnotatedImage, Dataset, InstanceLabel, Item
-from wsi_pipeline.training.begin import begin, held_out_images, open_parts
+from wsi_pipeline.training.begin import _used, begin, held_out_images, open_parts
 from wsi_pipeline.training.recipe import model_spec, read_recipe
+from wsi_pipeline.training.scoring import _sources
 from wsi_pipeline.training.sources import Source
 
+TINY = {"name": "m", "device": "cpu"}
 SMALL = {"widths": [4, 6, 8, 12], "blocks": [1, 1, 1, 1], "head_width": 6, "patch_width": 6}
 HEADS = (
     HeadSpec(name="gland", kind="instance", object_kind="gland", rules=RunRules()),
@@ -120,6 +122,53 @@ def test_every_image_is_for_training_where_the_recipe_says_so(place):
     assert found.held_out == ()
 
 
+def images_of(parts):
+    return {part.name: {item.name for item in part.source.items} for part in parts}
+
+
+def test_images_that_are_left_out_neither_train_nor_validate(place):
+    def opened(*overrides):
+        recipe = plan(place, *overrides)
+        return images_of(open_parts(recipe, model_spec(recipe, None, name="m")))
+
+    whole = opened()
+    gone = {"p0", "p4", "p5"}
+    found = opened('source.0.leave_out=["p0","p[45]"]')
+    assert set.union(*found.values()) == set.union(*whole.values()) - gone
+    # who stays keeps his part
+    assert found == {name: own - gone for name, own in whole.items()}
+    assert all(whole[name] & gone for name in whole)  # or that would show little
+    kept = opened('source.0.leave_out=["p[!3]"]', "source.0.split=false")
+    assert kept == {"train": {"p3"}}
+
+
+def test_names_with_brackets_can_be_left_out_and_case_counts():
+    items = tuple(
+        Item(name=name, patient=name, load=partial(load, name))
+        for name in ("a[1]", "a1", "A1", "b")
+    )
+    dataset = Dataset(name="x", path=Path("x"), labels={"nuclei": ()}, items=items)
+    assert [item.name for item in _used(dataset, ("a[1]",))] == ["A1", "b"]
+    assert [item.name for item in _used(dataset, ("A*",))] == ["a[1]", "a1", "b"]
+    assert _used(dataset, ()) == items
+
+
+def test_scoring_a_folder_takes_what_a_recipe_leaves_out(place):
+    recipe = plan(place, 'source.0.leave_out=["p0"]')
+    (source,) = _sources(model_spec(recipe, None, name="m"), place / "data", None, None, None)
+    assert "p0" in {item.name for item in source.items}
+
+
+def test_the_scales_of_a_source_reach_its_windows(place):
+    def scales(*overrides):
+        return {part.source.scales for part in begin(plan(place, *overrides), **TINY).parts}
+
+    assert scales() == {None}
+    assert scales("source.0.scale_min=0.6") == {(0.6, 1.3)}
+    assert scales("source.0.scale_max=1.1", "augment.scale_min=0.9") == {(0.9, 1.1)}
+    assert scales("source.0.scale_min=0.8", "source.0.scale_max=1.25") == {(0.8, 1.25)}
+
+
 def test_the_split_follows_its_own_seed(place):
     def held(*overrides):
         found = begin(plan(place, "validation.images=8", *overrides), name="m", device="cpu")
@@ -209,6 +258,19 @@ def test_an_encoder_given_by_hand_wins(place, base, tmp_path):
         ('freeze.parts=["encodr"]', RecipeError, r"\[freeze\] names \['encodr'\]"),
         ("heads.lumen.weight=2", RecipeError, r"\[heads.lumen\]"),
         ("source.0.weight=0", RecipeError, "must be positive"),
+        (
+            'source.0.leave_out=["p1","q*"]',
+            RecipeError,
+            r"plain \(.*data\): leave_out names \['q\*'\], which no image is called.*'p0', 'p1'",
+        ),
+        ('source.0.leave_out=["p?"]', RecipeError, "leaves none of 8 images"),
+        ("source.0.scale_min=1.4", RecipeError, r"data: .*scale_min <= scale_max.* 1.4 and 1.3"),
+        ("source.0.scale_max=5", RecipeError, "not 0.75 and 5"),
+        (
+            'augment={vesicular_p=0.4,vesicular_head="gland"}',
+            RecipeError,
+            r"'gland' is no instance head of the model; it has \['nuclei'\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(place, override, error, words):

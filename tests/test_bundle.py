@@ -12,7 +12,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from wsi_pipeline import bundle as bundle_module
 from wsi_pipeline.bundle import (
-    DEFAULT_BUNDLE,
     find_bundle,
     import_cerberus,
     list_bundles,
@@ -317,17 +316,21 @@ def test_save_refuses_tensors_that_do_not_fit(tiny, tmp_path):
     assert not list(tmp_path.glob("*x*"))
 
 
-def test_find_by_name_folder_and_default(tiny, monkeypatch):
-    assert find_bundle().name == find_bundle(DEFAULT_BUNDLE).name == DEFAULT_BUNDLE
+def test_find_by_name_or_folder(tiny, monkeypatch):
+    known = "stain-baseline"
+    assert find_bundle(known).name == known
+    assert find_bundle(known).in_zoo
     assert find_bundle(str(tiny.path)).digest == find_bundle(tiny.path).digest == tiny.digest
-    assert DEFAULT_BUNDLE in [bundle.name for bundle in list_bundles()]
-    with pytest.raises(ModelBundleError, match=f"'no-such'.*{DEFAULT_BUNDLE}"):
+    assert not tiny.in_zoo
+    assert known in [bundle.name for bundle in list_bundles()]
+    with pytest.raises(ModelBundleError, match=f"'no-such'.*{known}"):
         find_bundle("no-such")
     # A folder of the working directory does not hide the zoo's model; a path names it.
     monkeypatch.chdir(tiny.path.parent)
-    tiny.path.rename(tiny.path.with_name(DEFAULT_BUNDLE))
-    assert find_bundle(DEFAULT_BUNDLE).digest != tiny.digest
-    assert find_bundle(f"./{DEFAULT_BUNDLE}").digest == tiny.digest
+    tiny.path.rename(tiny.path.with_name(known))
+    assert find_bundle(known).digest != tiny.digest
+    assert find_bundle(f"./{known}").digest == tiny.digest
+    assert not find_bundle(f"./{known}").in_zoo
 
 
 def test_installed_zoo_wins_over_checkout(tiny, tmp_path, monkeypatch):

@@ -112,6 +112,19 @@ def test_another_seed_gives_other_weights_and_the_number_of_threads_does_not(
     assert weights(tmp_path / "other") != weights(whole)
 
 
+def test_a_source_is_learnt_at_its_own_scales(recipe, tmp_path):
+    found = {}
+    for name, overrides in {
+        "usual": [],
+        "source": ["source.0.scale_min=1", "source.0.scale_max=1"],
+        "all": ["augment.scale_min=1", "augment.scale_max=1"],
+    }.items():
+        short = ["schedule.steps=1", "validation.images=1", *overrides]
+        train(read_recipe(recipe, short), tmp_path / name, device="cpu")
+        found[name] = weights(tmp_path / name)
+    assert found["source"] == found["all"] != found["usual"]
+
+
 def test_it_learns(recipe, tmp_path):
     steps = ["schedule.steps=120", "validation.every=60", "batches.size=8", "schedule.ema=0.95"]
     train(read_recipe(recipe, steps), tmp_path / "model", device="cpu")

@@ -54,7 +54,7 @@ def refuse(number):
     raise DatasetError(f"image {number} of the folder cannot be read")
 
 
-def source(head, count, broken=()):
+def source(head, count, broken=(), scales=None):
     items = tuple(
         Item(
             name=f"n{i}",
@@ -64,7 +64,8 @@ def source(head, count, broken=()):
         for i in range(count)
     )
     classes = {"tissue": ("fat", "muscle")}.get(head, ())
-    return Source(Dataset(name=head, path=PATH, labels={head: classes}, items=items), items, SPEC)
+    dataset = Dataset(name=head, path=PATH, labels={head: classes}, items=items)
+    return Source(dataset, items, SPEC, scales=scales)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ def take(sources, count, **how):
 def same(a, b):
     return (
         a.seeds == b.seeds
+        and a.scales == b.scales
         and a.crop_px == b.crop_px
         and torch.equal(a.windows.pixels, b.windows.pixels)
         and all(
@@ -153,6 +155,16 @@ def test_each_sample_has_the_labels_of_its_image_and_no_others(sources):
             assert loaded.windows.rows[head].tolist() == rows
         ids = [slot.image % 2 for slot in slots if slot.source == 1]
         assert loaded.windows.labels["tissue"].tolist() == ids
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_each_window_has_the_scales_of_its_source(world):
+    own = [source("nuclei", 4, scales=(0.7, 1.4)), source("tissue", 4), source("ring", 3)]
+    for rank in range(world):
+        for loaded in take(own, 4, rank=rank, world=world):
+            nuclei = set(loaded.windows.rows.get("nuclei", torch.tensor([])).tolist())
+            wanted = [(0.7, 1.4) if i in nuclei else None for i in range(len(loaded.seeds))]
+            assert list(loaded.scales) == wanted
 
 
 def test_an_image_is_cut_elsewhere_each_time():

@@ -1,15 +1,22 @@
-"""The bundles of the zoo: complete, as their cards say, and the baseline still the baseline."""
+"""The bundles of the zoo: complete, installed, as their table and cards say; the baseline."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from configparser import ConfigParser
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.zoo_table import README, updated, zoo_section
 from wsi_pipeline.bundle import find_bundle, list_bundles
+from wsi_pipeline.geometry import Box
+from wsi_pipeline.synth.world import World
 
 SIDE = 640
 
@@ -67,10 +74,68 @@ def test_every_bundle_of_the_zoo_is_whole():
     assert bundles
     for bundle in bundles:
         assert bundle.path.name == bundle.name
-        assert (bundle.path / "card.md").read_text().startswith(f"# {bundle.name}\n")
+        card = (bundle.path / "card.md").read_text()
+        assert card.startswith(f"# {bundle.name}\n")
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", card):
+            assert (bundle.path / picture).is_file(), f"{bundle.name}: {picture}"
         assert json.loads((bundle.path / "metrics.json").read_text())
         assert bundle.name in (bundle.path.parent / "README.md").read_text()
         bundle.load_network()
+
+
+def test_the_table_of_the_zoo_is_what_the_bundles_say():
+    text = README.read_text(encoding="utf-8")
+    section = zoo_section(list_bundles())
+    assert updated(text, section) == text, "run python benchmarks/zoo_table.py"
+    for bundle in list_bundles():
+        assert f"[{bundle.name}]({bundle.name}/card.md)" in section
+
+
+def test_scores_of_other_weights_do_not_get_into_the_table(baseline, tmp_path):
+    other = dataclasses.replace(baseline, digest="0" * 64)
+    with pytest.raises(SystemExit, match="of other weights"):
+        zoo_section((other,))
+    metrics = json.loads((baseline.path / "metrics.json").read_text())
+    found = metrics["evaluations"]["MoNuSeg"]["heads"]["nuclei"]["pq"]
+    cells = zoo_section((baseline,)).splitlines()[2].split(" | ")
+    assert cells[8] == f"{found['value']:.3f} ({found['low']:.3f} - {found['high']:.3f}), MoNuSeg"
+    assert cells[9] == "not measured"
+
+
+def test_every_file_of_the_zoo_is_installed():
+    """What package_data names, against what lies in the folders: nothing hidden, no deeper."""
+    config = ConfigParser()
+    config.read(README.parents[1] / "setup.cfg")
+    patterns = config["options.package_data"]["wsi_pipeline.models"].split()
+    files = [p.relative_to(README.parent) for p in README.parent.rglob("*") if p.is_file()]
+    assert any(path.name == "golden.json" for path in files)
+    for path in files:
+        matched = [p for p in patterns if path.match(p) and len(Path(p).parts) == len(path.parts)]
+        assert matched, f"{path} would not be installed"
+        assert not any(part.startswith(".") for part in path.parts), path
+
+
+@pytest.mark.parametrize("name", [bundle.name for bundle in list_bundles()])
+def test_a_halo_is_wide_enough(name):
+    """What a tile shows is what the slide shows, up to its edges, where seams would be.
+
+    A cerberus-lite whose gland and lumen heads had learnt for 2,400 steps was up to 0.3 apart
+    with a halo of 64 px, 0.07 with 96, and 0.02 with 112.
+    """
+    bundle = find_bundle(name)
+    network, halo, side = bundle.load_network(), bundle.spec.halo_px, 96
+    world = World.make(seed=1, mpp=bundle.spec.mpp, size=(4096, 4096))
+    margin = max(208, halo)
+    box = Box(x=1000, y=700, width=side + 2 * margin, height=side + 2 * margin)
+    image = world.draw(box, world.scene(box))
+    inner = slice(margin - halo, margin + side + halo)
+    whole, part = maps_of(network, image), maps_of(network, image[inner, inner])
+    for head, map_ in part.items():
+        scale = image.shape[0] // whole[head].shape[1]
+        kept = slice(halo // scale, (halo + side) // scale)
+        place = slice(margin // scale, (margin + side) // scale)
+        apart = np.abs(map_[:, kept, kept] - whole[head][:, place, place])
+        assert apart.max() <= 0.1, f"{head}: {apart.max():.3f} with a halo of {halo} px"
 
 
 def test_the_card_says_what_the_baseline_is(baseline):
@@ -80,16 +145,6 @@ def test_the_card_says_what_the_baseline_is(baseline):
     assert "Not for" in card
     assert f"{baseline.spec.halo_px} pixels" in card
     assert baseline.spec.instance_heads == baseline.spec.heads
-
-
-def test_golden_tile(baseline, network):
-    """The maps of a fixed tile are what they were when the bundle was made."""
-    golden = json.loads((baseline.path / "metrics.json").read_text())["golden_tile"]
-    image, *_ = scene()
-    assert int(image.sum()) == golden["pixel_sum"], "the tile itself has changed"
-    found = maps_of(network, image)
-    for name, means in golden["mean_probability"].items():
-        assert found[name].mean((1, 2)) == pytest.approx(means, abs=2e-4), name
 
 
 def test_it_finds_what_is_in_the_scene(network):

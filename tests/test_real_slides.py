@@ -1,4 +1,4 @@
-"""Real pixels through the real model: objects that do not depend on how they were cut."""
+"""Real pixels through the baseline: objects that do not depend on how they were cut."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ pytestmark = [
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("real")
     for tile in (512, 1024):
-        (report,) = wsi.run([SLIDE], out / str(tile), tile_size=tile)
+        (report,) = wsi.run([SLIDE], out / str(tile), model="stain-baseline", tile_size=tile)
         assert report.done, report.reason
     return out
 

@@ -77,6 +77,17 @@ def test_one_clear_error(tmp_path, text, words):
         read(tmp_path, text)
 
 
+def test_what_a_source_leaves_out_and_how_it_is_scaled(tmp_path):
+    more = "leave_out = ['a', 'b/*']\nscale_min = 0.7\n[augment]\nvesicular_p = 0.4"
+    recipe = read(tmp_path, MINIMAL + more)
+    (source,) = recipe.source
+    assert source.leave_out == ("a", "b/*")
+    assert (source.scale_min, source.scale_max) == (0.7, None)
+    assert (recipe.augment.vesicular_p, recipe.augment.vesicular_head) == (0.4, "nuclei")
+    (plain,) = read(tmp_path).source
+    assert (plain.leave_out, plain.scale_min, plain.scale_max) == ((), None, None)
+
+
 def test_start_and_pretrain_together(tmp_path):
     both = MINIMAL + "[start]\nmodel = 'x'\n[[pretrain.slide]]\npath = 'a.svs'"
     with pytest.raises(RecipeError, match="keep one"):
@@ -216,6 +227,11 @@ def test_paths_of_home_and_of_the_environment(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        ("leave_out = 'a'", "leave_out: tuple.* wanted, not 'a'"),
+        ("leave_out = [1]", "leave_out: str wanted, not 1"),
+        ("scale_min = 'x'", "scale_min: float wanted, not 'x'"),
+        ("[augment]\nvesicular_p = 2", "vesicular_p must be at most 1"),
+        ("[augment]\nvesicular_head = 2", "vesicular_head: str wanted, not 2"),
         ("[schedule]\nlearning_rate = true", "learning_rate: float wanted, not True"),
         ("[schedule]\nlearning_rate = 0", "learning_rate > 0"),
         ("[schedule]\nema = 1.0", "0 <= ema < 1"),

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from wsi_pipeline.batch import (
     SlideEntry,
     collect_slides,
     freeze_run,
     parse_shard,
+    read_run,
     require_size,
     take_shard,
 )
 from wsi_pipeline.engines import Watcher, run_slides
+from wsi_pipeline.errors import JobError, ModelBundleError
 from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.machine import available_cpus
 
 if TYPE_CHECKING:
     from wsi_pipeline.bundle import ModelBundle
+    from wsi_pipeline.inference import TorchPredictor
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Plan", "execute", "plan_run", "run"]
 
@@ -40,6 +46,15 @@ class Plan:
     """The model."""
     keep_maps: bool
     """Whether maps stay after the objects are written."""
+    model_named: bool = True
+    """Whether the model was asked for; else it is the folder's, or the default."""
+
+    def with_bundle(self, bundle: ModelBundle) -> Plan:
+        """Return the same plan for another model."""
+        jobs = tuple(
+            replace(job, model_name=bundle.name, model_digest=bundle.digest) for job in self.jobs
+        )
+        return replace(self, bundle=bundle, jobs=jobs)
 
 
 def plan_run(
@@ -51,11 +66,17 @@ def plan_run(
     mask_dir: str | os.PathLike[str] | None = None,
     shard: str | None = None,
     keep_maps: bool = True,
+    device: str = "auto",
+    overwrite: bool = False,
 ) -> Plan:
     """Find the slides and the model, and say what is to be done; touches nothing.
 
+    Where no model is named, a folder goes on with the one it was begun with, whatever the
+    device; a new folder gets the device's default.
+
     Raises:
-        JobError: the slides or the shard make no sense.
+        JobError: the slides or the shard make no sense, or the model that the folder was begun
+            with is not here (and ``overwrite`` is not set).
         ModelBundleError: there is no such model, or it is broken.
     """
     from wsi_pipeline.bundle import find_bundle
@@ -69,8 +90,11 @@ def plan_run(
         replace(entry, mpp=mpp) if entry.mpp is None else entry
         for entry in collect_slides([os.fspath(slide) for slide in slides], mask_dir=masks)
     )
-    bundle = find_bundle(model)
     folder = Path(out)
+    if model is None:
+        bundle = _frozen_bundle(folder, overwrite=overwrite) or find_bundle(device=device)
+    else:
+        bundle = find_bundle(model)
     jobs = tuple(
         SlideJob(
             path=entry.path,
@@ -84,7 +108,14 @@ def plan_run(
         )
         for entry in take_shard(entries, parse_shard(shard, os.environ))
     )
-    return Plan(out=folder, entries=entries, jobs=jobs, bundle=bundle, keep_maps=keep_maps)
+    return Plan(
+        out=folder,
+        entries=entries,
+        jobs=jobs,
+        bundle=bundle,
+        keep_maps=keep_maps,
+        model_named=model is not None,
+    )
 
 
 def execute(
@@ -102,30 +133,14 @@ def execute(
     stop: Callable[[], bool] = lambda: False,
 ) -> list[RunReport]:
     """Do a plan. The arguments are those of :func:`run`."""
-    from wsi_pipeline.inference import TorchPredictor
-
-    predictor = TorchPredictor.load(
-        plan.bundle,
-        device=device,
-        precision=precision,
-        tile_size=tile_size,
-        batch_size=batch_size,
-        workers=workers,
-    )
-    freeze_run(
-        plan.out,
-        plan.entries,
-        options={
-            "device": device,
-            "precision": precision,
-            "tile_size": tile_size,
-            "batch_size": batch_size,
-            "workers": workers,
-            "keep_maps": plan.keep_maps,
-        },
-        model={"name": plan.bundle.spec.name, "sha256": plan.bundle.digest},
-        overwrite=overwrite,
-    )
+    options: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "tile_size": tile_size,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
+    plan, predictor = _begin(plan, options, overwrite=overwrite)
     return run_slides(
         plan.jobs,
         predictor,
@@ -161,7 +176,8 @@ def run(
     Args:
         slides: files, globs, folders, URLs, or .txt / .csv lists.
         out: the results folder; a run that was interrupted there goes on.
-        model: name of a bundle or its folder; None is the default bundle.
+        model: name of a bundle or its folder; None is what ``out`` was begun with, and for a
+            new folder the default of the device.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         batch_size: tiles the network sees at a time.
@@ -183,7 +199,15 @@ def run(
         ModelBundleError: there is no such model, or it is broken.
     """
     plan = plan_run(
-        slides, out, model=model, mpp=mpp, mask_dir=mask_dir, shard=shard, keep_maps=keep_maps
+        slides,
+        out,
+        model=model,
+        mpp=mpp,
+        mask_dir=mask_dir,
+        shard=shard,
+        keep_maps=keep_maps,
+        device=device,
+        overwrite=overwrite,
     )
     return execute(
         plan,
@@ -196,6 +220,63 @@ def run(
         retry_failed=retry_failed,
         fail_fast=fail_fast,
     )
+
+
+def _begin(plan: Plan, options: dict[str, Any], *, overwrite: bool) -> tuple[Plan, TorchPredictor]:
+    """Load the network and put the run on record; the plan has the model that was agreed on."""
+    from wsi_pipeline.inference import TorchPredictor
+
+    while True:
+        predictor = TorchPredictor.load(plan.bundle, **options)
+        model = {"name": plan.bundle.name, "sha256": plan.bundle.digest}
+        if not plan.bundle.in_zoo:
+            model["folder"] = str(plan.bundle.path.absolute())
+        try:
+            freeze_run(
+                plan.out,
+                plan.entries,
+                options={**options, "keep_maps": plan.keep_maps},
+                model=model,
+                overwrite=overwrite,
+            )
+        except JobError:
+            other = None if plan.model_named else _frozen_bundle(plan.out, overwrite=overwrite)
+            if other is None or other.digest == plan.bundle.digest:
+                raise
+            # A shard on another kind of device was faster, and its default holds for all.
+            log.warning("%s was just begun with model %s: going on with it", plan.out, other.name)
+            plan = plan.with_bundle(other)
+        else:
+            return plan, predictor
+
+
+def _frozen_bundle(out: Path, *, overwrite: bool) -> ModelBundle | None:
+    """Return the very model that a results folder was begun with; None where there is no run.
+
+    Raises:
+        JobError: it is not here. With ``overwrite`` that does not matter: None.
+    """
+    from wsi_pipeline.bundle import find_bundle
+
+    before = read_run(out)
+    if before is None:
+        return None
+    frozen = before["model"]
+    for place in (frozen["name"], Path(frozen["folder"]) if "folder" in frozen else None):
+        try:
+            bundle = None if place is None else find_bundle(place)
+        except ModelBundleError:
+            continue
+        if bundle is not None and bundle.digest == frozen["sha256"]:
+            return bundle
+    if overwrite:
+        return None
+    msg = (
+        f"{out} was begun with model {frozen['name']} ({frozen['sha256'][:12]}), which is not "
+        "here. Say where it is with --model, use another --out, or --overwrite to do its slides "
+        "again with another."
+    )
+    raise JobError(msg)
 
 
 class _Silent:

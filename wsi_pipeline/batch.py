@@ -144,13 +144,21 @@ def freeze_run(
     """Write ``run.json``, or check that this call belongs to the run that is there.
 
     More slides may be added, and a slide may be given another pixel size or mask; another
-    model is refused, because the folder's tables would no longer be comparable.
+    model is refused, because the folder's tables would no longer be comparable. Of shards that
+    begin a run together, one decides on the model.
+
+    Args:
+        out: the results folder.
+        entries: the slides of this call.
+        model: ``name``, ``sha256``, and ``folder`` if it is not in the zoo.
+        options: how it is run; they are noted, not compared.
+        overwrite: the slides are done again, by whatever model.
 
     Raises:
         JobError: the folder belongs to another model and ``overwrite`` is not set.
     """
     before = read_run(out)
-    if before is not None and before["model"] != dict(model) and not overwrite:
+    if before is not None and before["model"]["sha256"] != model["sha256"] and not overwrite:
         there, now = before["model"], model
         msg = (
             f"{out} holds results of model {there['name']} ({there['sha256'][:12]}), and this "
@@ -166,9 +174,15 @@ def freeze_run(
         "model": dict(model),
         "versions": versions(),
     }
-    if before != content:
+    if before == content:
+        return
+    try:
         with durable_file(out / "run.json") as beside:
             beside.write_text(json.dumps(content, indent=2) + "\n")
+            if before is None:
+                _claim(beside, out / "run.json")
+    except FileExistsError:  # another shard has just begun this run
+        freeze_run(out, entries, model=model, options=options, overwrite=overwrite)
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
@@ -184,9 +198,21 @@ def read_run(out: Path) -> dict[str, Any] | None:
         content: dict[str, Any] = json.loads(path.read_text())
         if not {"slides", "options", "model"} <= content.keys():
             raise ValueError("it is no record of a run")
+        if not {"name", "sha256"} <= content["model"].keys():
+            raise ValueError("it does not say by which model")
     except (OSError, ValueError, AttributeError) as error:
         raise JobError(f"{path} cannot be read ({error}); use another --out") from error
     return content
+
+
+def _claim(beside: Path, path: Path) -> None:
+    """Give a finished file its name if that is free; raise ``FileExistsError`` if it is not."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: the last one decides
+        return
 
 
 def _require_file_name(entry: SlideEntry) -> None:

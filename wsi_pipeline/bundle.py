@@ -3,10 +3,10 @@
 A bundle is a folder::
 
     spec.json                      what the model is (ModelSpec)
-    weights.safetensors            its tensors, or shards listed in
-      weights.safetensors.index.json   {"weight_map": {tensor: file}}
+    weights.safetensors            its tensors, or shards and their index; see weights.py
     card.md                        purpose, data, licence, limits, citation
     metrics.json, train.toml       scores, recipe (optional), pictures for the card
+    golden.json                    what it says about two fixed tiles; see golden.py (optional)
 
 Its digest is the SHA-256 of ``spec.json`` and the weight files: what decides the maps.
 Nothing in a bundle is ever unpickled.
@@ -24,21 +24,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wsi_pipeline.checkpoint import read_cerberus
+from wsi_pipeline.device import choose_device
 from wsi_pipeline.durable import partial_path, publish_directory, remove_tree
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import ModelSpec
+from wsi_pipeline.weights import halved, read_weights, weight_map, write_weights
 
 log = logging.getLogger(__name__)
 
 __all__ = [
-    "DEFAULT_BUNDLE",
+    "CARD",
+    "DEFAULTS",
+    "METRICS",
+    "RECIPE",
     "ModelBundle",
+    "default_bundle",
     "find_bundle",
     "import_cerberus",
     "list_bundles",
@@ -46,12 +50,14 @@ __all__ = [
     "save_bundle",
 ]
 
-DEFAULT_BUNDLE = "stain-baseline"
-"""The bundle that runs when none is named."""
+DEFAULTS = {
+    "cpu": ("cerberus-lite", "stain-baseline"),
+    "cuda": ("cerberus-open", "cerberus-lite", "stain-baseline"),
+}
+"""By kind of device, what runs when no model is named: the first that is installed."""
 
 _SPEC = "spec.json"
-_WEIGHTS = "weights.safetensors"
-_INDEX = "weights.safetensors.index.json"
+CARD, METRICS, RECIPE = "card.md", "metrics.json", "train.toml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,34 +86,44 @@ class ModelBundle:
                 ever loaded in part.
         """
         network = build_network(self.spec)
-        _fill(network, self._tensors(), where=str(self.path))
+        _fill(network, read_weights(self.path, self.weight_map), where=str(self.path))
         return network.eval()
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, promised in self.weight_map.items():
-            try:
-                found = load_file(self.path / name)
-            except (SafetensorError, OSError) as error:
-                raise ModelBundleError(f"{self.path / name} cannot be read: {error}") from error
-            if promised is not None and set(promised) != set(found):
-                raise ModelBundleError(f"{self.path / name} does not hold what {_INDEX} says")
-            tensors.update(found)
-        return tensors
+    @property
+    def in_zoo(self) -> bool:
+        """Whether it is what its name means, wherever this package is installed."""
+        return _zoo().get(self.name) == self.path
 
 
-def find_bundle(name: str | Path | None = None) -> ModelBundle:
+def default_bundle(kind: str) -> str:
+    """Return the name of the bundle that runs when none is named.
+
+    CUDA devices run the wide network, others the narrow one, each if it is in the zoo; the
+    baseline runs only where nothing learned is installed.
+
+    Args:
+        kind: of device: ``cuda``; any other counts as ``cpu``.
+    """
+    names = DEFAULTS.get(kind, DEFAULTS["cpu"])
+    zoo = _zoo()
+    return next((name for name in names if name in zoo), names[-1])
+
+
+def find_bundle(name: str | Path | None = None, *, device: str = "auto") -> ModelBundle:
     """Find a bundle by its name in the model zoo, or by its folder.
 
     Args:
         name: a name of the zoo (these win over folders of that name in the working
             directory; write ``./name`` for the folder), a folder, or None for the default.
+        device: what it is to run on, as of ``wsi-run``; decides the default alone.
 
     Raises:
         ModelBundleError: there is no such bundle (the message lists those there are), or
             it is incomplete.
+        JobError: the default was asked for a device that is not here.
     """
-    name = DEFAULT_BUNDLE if name is None else name
+    if name is None:
+        name = default_bundle(choose_device(device).partition(":")[0])
     if isinstance(name, str) and name in (known := _zoo()):
         return open_bundle(known[name])
     if Path(name).is_dir():
@@ -131,12 +147,9 @@ def open_bundle(path: Path) -> ModelBundle:
         text = (path / _SPEC).read_text(encoding="utf-8")
     except OSError as error:
         raise ModelBundleError(f"{path} is no model bundle: {error}") from error
-    weight_map = _weight_map(path)
+    files = weight_map(path)
     return ModelBundle(
-        spec=ModelSpec.from_json(text),
-        path=path,
-        digest=_digest(path, weight_map),
-        weight_map=weight_map,
+        spec=ModelSpec.from_json(text), path=path, digest=_digest(path, files), weight_map=files
     )
 
 
@@ -149,6 +162,7 @@ def save_bundle(
     metrics: Mapping[str, Any] | None = None,
     recipe: str | None = None,
     pictures: Mapping[str, Path] | None = None,
+    half: bool = False,
 ) -> ModelBundle:
     """Write a bundle: complete under its name, or not at all.
 
@@ -160,33 +174,29 @@ def save_bundle(
         metrics: content of ``metrics.json``.
         recipe: text of ``train.toml``.
         pictures: files to copy, by their names in the bundle; the card may show them.
+        half: keep kernels in half precision, as far as that is safe (``weights.halved``).
 
     Raises:
         ModelBundleError: the tensors do not fit the spec.
         DiskFullError: no space.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in state.items()
-        if not _is_counter(name)
-    }
+    tensors = {name: tensor for name, tensor in state.items() if not _is_counter(name)}
     _fill(build_network(spec), tensors, where=f"bundle {spec.name!r}")
     path = _absolute(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = partial_path(path)
     remove_tree(beside)
     beside.mkdir()
-    texts = {_SPEC: spec.to_json(), "card.md": card, "train.toml": recipe}
+    texts = {_SPEC: spec.to_json(), CARD: card, RECIPE: recipe}
     if metrics is not None:
-        texts["metrics.json"] = json.dumps(metrics, indent=2) + "\n"
+        texts[METRICS] = json.dumps(metrics, indent=2) + "\n"
     for name, text in texts.items():
         if text is not None:
             (beside / name).write_text(text, encoding="utf-8")
     for name, picture in (pictures or {}).items():
         shutil.copyfile(picture, beside / name)
-    save_file(tensors, beside / _WEIGHTS, metadata={"format": "pt"})
-    (beside / _WEIGHTS).chmod(0o644)  # it is written for its owner alone
+    write_weights(beside, halved(tensors) if half else tensors)
     publish_directory(beside, path)
     return open_bundle(path)
 
@@ -232,26 +242,6 @@ def _zoo() -> dict[str, Path]:
     if zoo is None:
         return {}
     return {spec.parent.name: spec.parent for spec in zoo.glob(f"*/{_SPEC}")}
-
-
-def _weight_map(path: Path) -> dict[str, tuple[str, ...] | None]:
-    index = path / _INDEX
-    if not index.is_file():
-        if not (path / _WEIGHTS).is_file():
-            raise ModelBundleError(f"{path} holds neither {_WEIGHTS} nor {_INDEX}")
-        return {_WEIGHTS: None}
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        files = {str(file) for _, file in entries}
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelBundleError(f"{index} cannot be read: {error!r}") from error
-    for file in files:
-        # A bundle may come from anywhere: it must not name files outside its folder.
-        if Path(file).name != file or not (path / file).is_file():
-            raise ModelBundleError(f"{index} names {file!r}, which is no file of the bundle")
-    return {
-        file: tuple(tensor for tensor, where in entries if where == file) for file in sorted(files)
-    }
 
 
 def _digest(path: Path, weight_map: Mapping[str, Any]) -> str:

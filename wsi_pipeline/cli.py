@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from wsi_pipeline.annotating import annotate_command
 from wsi_pipeline.command import EXIT_FAILED, exit_if_interrupted, plain_errors, signals
 from wsi_pipeline.learning import evaluate_command, train_command
+from wsi_pipeline.zoo import models_group
 
 if TYPE_CHECKING:
     from wsi_pipeline.api import Plan
@@ -57,7 +59,7 @@ def wsi() -> None:
     "--model",
     metavar="NAME|DIR",
     help="Model bundle: a name that `wsi models` lists, or a folder.  "
-    "[default: the bundled default]",
+    "[default: the one --out was begun with, else the default of the device]",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, mps")
 @click.option(
@@ -168,7 +170,15 @@ def run(
         from wsi_pipeline.api import execute, plan_run
 
         plan = plan_run(
-            slides, out, model=model, mpp=mpp, mask_dir=mask_dir, shard=shard, keep_maps=keep_maps
+            slides,
+            out,
+            model=model,
+            mpp=mpp,
+            mask_dir=mask_dir,
+            shard=shard,
+            keep_maps=keep_maps,
+            device=how["device"],
+            overwrite=how["overwrite"],
         )
         if dry_run:
             _list_plan(plan, shard)
@@ -188,6 +198,8 @@ def run(
 wsi.add_command(run)
 wsi.add_command(train_command)
 wsi.add_command(evaluate_command)
+wsi.add_command(models_group)
+wsi.add_command(annotate_command)
 
 
 @wsi.command()
@@ -258,35 +270,6 @@ def synth(out: Path, width: int, height: int, mpp: float, seed: int, compression
     click.echo(f"{out}: {width} x {height} px at {mpp} um; truth in {truth}")
 
 
-@wsi.group(invoke_without_command=True)
-@click.pass_context
-def models(context: click.Context) -> None:
-    """List the model bundles, or import one."""
-    if context.invoked_subcommand is not None:
-        return
-    from wsi_pipeline.bundle import DEFAULT_BUNDLE, list_bundles
-
-    with plain_errors():
-        for bundle in list_bundles():
-            mark = " (default)" if bundle.spec.name == DEFAULT_BUNDLE else ""
-            click.echo(f"{bundle.spec.name}{mark}\t{bundle.digest[:12]}\t{bundle.spec.description}")
-
-
-@models.command("import-cerberus")
-@click.argument("weights", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--out", "-o", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle."
-)
-def import_cerberus_command(weights: Path, out: Path) -> None:
-    """Convert upstream's checkpoint WEIGHTS (weights.tar) to a bundle."""
-    from wsi_pipeline.bundle import import_cerberus
-
-    with plain_errors():
-        bundle = import_cerberus(weights, out)
-    click.echo(f"{bundle.path}: {bundle.spec.description}")
-    click.echo(f"run it with: wsi-run SLIDES... --out DIR --model {out}")
-
-
 def _watcher(total: int, *, bars: bool | None, json_lines: bool) -> BarWatcher | LineWatcher:
     from rich.console import Console
 
@@ -308,7 +291,11 @@ def _print_end(reports: Sequence[RunReport], plan: Plan) -> None:
         # A log has no edge to fold at.
         console = Console(stderr=True, width=200)
     console.print(final_table(reports), soft_wrap=not console.is_terminal)
-    click.echo(f"model {plan.bundle.spec.name}: {plan.bundle.spec.description}", err=True)
+    # A shard that began at the same time may have decided on another model than was planned.
+    ran = {report.model["name"] for report in reports if "name" in report.model}
+    if not ran or ran == {plan.bundle.name}:
+        ran = {f"{plan.bundle.name}: {plan.bundle.spec.description}"}
+    click.echo(f"model {', '.join(sorted(ran))}", err=True)
 
 
 def _list_plan(plan: Plan, shard: str | None) -> None:

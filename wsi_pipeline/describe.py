@@ -134,6 +134,8 @@ def _describe_bundle(path: Path) -> Iterator[str]:
     bundle = find_bundle(str(path))
     yield f"model      {bundle.spec.name}: {bundle.spec.description}"
     yield f"sha256     {bundle.digest}"
+    size = sum((path / name).stat().st_size for name in bundle.weight_map)
+    yield f"weights    {size / 2**20:.1f} MiB in {len(bundle.weight_map)} files"
     yield f"network    {bundle.spec.architecture}, {bundle.spec.mpp} um per pixel"
     for head in bundle.spec.heads:
         classes = f": {', '.join(head.classes)}" if head.classes else ""

@@ -31,7 +31,7 @@ def examine(model: str | None = None) -> Iterator[Check]:
     """Try the readers, the device, the kernels, the model, the disk, and the main job.
 
     Args:
-        model: name or folder of the bundle to try; None is the default.
+        model: name or folder of the bundle to try; None is the default of this machine.
     """
     yield _try("readers", _readers)
     yield _try("device", _device)
@@ -84,10 +84,16 @@ def _kernels() -> str:
 
 def _model(model: str | None) -> str:
     from wsi_pipeline.bundle import find_bundle
+    from wsi_pipeline.golden import check_golden, read_golden
 
     bundle = find_bundle(model)
-    bundle.load_network()
-    return f"{bundle.spec.name} ({bundle.digest[:12]})"
+    name = f"{bundle.spec.name} ({bundle.digest[:12]})"
+    if read_golden(bundle) is None:
+        bundle.load_network()
+        return f"{name}, which has no golden tiles to compare with"
+    if faults := check_golden(bundle):
+        raise RuntimeError(f"{name} does not compute what it did when it was made: {faults[0]}")
+    return f"{name}, golden tiles as expected"
 
 
 def _disk() -> str:

@@ -2,11 +2,13 @@
 
 ::
 
-    seeds -> draws (CPU, a few numbers a sample) -+-> affines -> warp      (on the device)
-                                                  +-> looks   -> recolour  (on the device)
+    seeds -> draws (CPU, a few numbers a sample) -+-> affines  -> warp            (on the device)
+                                                  +-> vesicles -> open_chromatin  (on the device)
+                                                  +-> looks    -> recolour        (on the device)
 
-A sample's augmentation is a function of its seed and the rules: its place in the batch, the
-batch's size and the number of devices do not matter. Every number is drawn whether or not
+A sample's augmentation is a function of its seed and the rules (and of its source's scales,
+where it has its own): its place in the batch, the batch's size and the number of devices do
+not matter. Every number is drawn whether or not
 it is used, so turning one rule off leaves the others' numbers as they were.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +27,14 @@ from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.training.batch import Batch
 from wsi_pipeline.training.recolour import SHARPEN_PX, Look, light_map, recolour, stain_map
+from wsi_pipeline.training.vesicular import NOISE_BYTES, SHARE, Vesicles, open_chromatin
 from wsi_pipeline.training.warp import warp
 
-__all__ = ["AugmentRules", "augment"]
+__all__ = ["AugmentRules", "Scales", "augment"]
 
 Affines = tuple[NDArray[np.float64], NDArray[np.float64]]
+Scales = tuple[float, float]
+"""Smallest and largest magnification."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,11 @@ class AugmentRules:
     """Angle by which the vertical leans, up to."""
     shift: float = 0.02
     """Translation along each axis, up to; a share of the crop's side."""
+
+    vesicular_p: float = 0.0
+    """Probability that some of a crop's nuclei open their chromatin; see ``vesicular.py``."""
+    vesicular_head: str = "nuclei"
+    """The instance head whose labels are those nuclei; crops without its label stay."""
 
     stain_h: float = 0.28
     """Log of the haematoxylin's gain, in optical density."""
@@ -87,12 +98,12 @@ class AugmentRules:
     """Its standard deviation, up to; intensities 0..255."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in self._numbers():
+            value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                msg = f"augmentation: {field.name} must be a number from 0 on, not {value!r}"
+                msg = f"augmentation: {name} must be a number from 0 on, not {value!r}"
                 raise RecipeError(msg)
-        for name in ("flip_p", "grey_p", "grey_max", "noise_p"):
+        for name in ("flip_p", "vesicular_p", "grey_p", "grey_max", "noise_p"):
             self._check_at_most(name, getattr(self, name), 1)
         self._check_at_most("blur_p + sharpen_p", self.blur_p + self.sharpen_p, 1)
         self._check_at_most("rotate_deg", self.rotate_deg, 180)
@@ -113,9 +124,27 @@ class AugmentRules:
             raise RecipeError(msg)
 
     @classmethod
+    def _numbers(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name != "vesicular_head"]
+
+    def check_heads(self, spec: ModelSpec) -> None:
+        """Refuse a network that has no head for what the rules ask.
+
+        Raises:
+            RecipeError: nuclei are to change that the network has no instance head for.
+        """
+        offered = [head.name for head in spec.heads if head.kind == "instance"]
+        if self.vesicular_p > 0 and self.vesicular_head not in offered:
+            msg = (
+                f"augmentation: vesicular_head {self.vesicular_head!r} is no instance head of the "
+                f"model; it has {offered}"
+            )
+            raise RecipeError(msg)
+
+    @classmethod
     def off(cls) -> AugmentRules:
         """Return rules that change nothing: the crop is the middle of its window."""
-        nothing = {field.name: 0.0 for field in fields(cls)}
+        nothing: dict[str, Any] = dict.fromkeys(cls._numbers(), 0.0)
         return cls(**{**nothing, "scale_min": 1.0, "scale_max": 1.0})
 
     @classmethod
@@ -148,30 +177,45 @@ class AugmentRules:
 
 
 def augment(
-    batch: Batch, spec: ModelSpec, rules: AugmentRules, *, crop_px: int, seeds: Sequence[int]
+    batch: Batch,
+    spec: ModelSpec,
+    rules: AugmentRules,
+    *,
+    crop_px: int,
+    seeds: Sequence[int],
+    scales: Sequence[Scales | None] | None = None,
 ) -> Batch:
     """Cut crops out of windows, turned, scaled and recoloured at random.
 
     Args:
         batch: windows on any device, (B, S, S, 3) uint8, S about twice the crop's side.
-        spec: tells the kind of each head.
+        spec: tells the kind of each head, and the size of a pixel.
         rules: how far to go.
         crop_px: the crops' side C; S - C must be even.
         seeds: one a sample, 0 or more.
+        scales: one a sample, instead of the rules'; None: the rules'.
 
     Returns:
         Crops on the same device, (B, 3, C, C) float32 in channels_last, 0..255. What lies
         beyond its window is unknown; see :func:`wsi_pipeline.training.warp.warp`.
 
     Raises:
-        ValueError: a number of seeds other than B, or sizes that do not fit.
+        ValueError: a number of seeds or scales other than B, or sizes that do not fit.
     """
-    if len(seeds) != len(batch.pixels):
-        raise ValueError(f"{len(batch.pixels)} windows need as many seeds, not {len(seeds)}")
+    scales = [None] * len(seeds) if scales is None else scales
+    if not len(seeds) == len(scales) == len(batch.pixels):
+        msg = f"as many seeds and scales, not {len(seeds)} and {len(scales)}"
+        raise ValueError(f"{len(batch.pixels)} windows need {msg}")
     draws = _draw(seeds)
-    matrix, shift = _affines(draws, rules)
+    matrix, shift = _affines(draws, rules, scales)
     crops = warp(batch, spec, matrix=matrix, shift_px=shift * crop_px, crop_px=crop_px)
-    pixels_BCHW = recolour(crops.pixels, _look(draws, rules))
+    pixels_BCHW = crops.pixels
+    vesicles, head = _vesicles(draws, rules), rules.vesicular_head
+    if head in crops.labels and vesicles.share.any():
+        pixels_BCHW = open_chromatin(
+            pixels_BCHW, crops.labels[head], crops.rows[head], vesicles, mpp=spec.mpp
+        )
+    pixels_BCHW = recolour(pixels_BCHW, _look(draws, rules))
     return Batch(
         pixels=pixels_BCHW.contiguous(memory_format=torch.channels_last),
         rows=crops.rows,
@@ -192,6 +236,10 @@ class _Draws:
     """(B, 8), 0..1."""
     noise_key: NDArray[np.int64]
     """(B,), below 2^32."""
+    vesicles: NDArray[np.float64]
+    """(B, 2), 0..1."""
+    vesicle_noise: NDArray[np.uint8]
+    """(B, NOISE_BYTES)."""
 
 
 def _draw(seeds: Sequence[int]) -> _Draws:
@@ -201,15 +249,21 @@ def _draw(seeds: Sequence[int]) -> _Draws:
         stain=np.array([each.standard_normal(12) for each in generators]),
         light=np.array([each.random(8) for each in generators]),
         noise_key=np.array([each.integers(2**32) for each in generators], np.int64),
+        # In this order: what is drawn after the others leaves their numbers as they were.
+        vesicles=np.array([each.random(2) for each in generators]),
+        vesicle_noise=np.array(
+            [np.frombuffer(each.bytes(NOISE_BYTES), np.uint8) for each in generators]
+        ),
     )
 
 
-def _affines(draws: _Draws, rules: AugmentRules) -> Affines:
+def _affines(draws: _Draws, rules: AugmentRules, scales: Sequence[Scales | None]) -> Affines:
     """Return matrices (B, 2, 2), window to crop, and shifts (B, 2) in crops."""
     turn, flip_x, flip_y, size, stretch, lean, *_ = draws.place.T
     angle = np.deg2rad(rules.rotate_deg) * _either_way(turn)
     shear = np.tan(np.deg2rad(rules.shear_deg) * _either_way(lean))
-    low, high = math.log(rules.scale_min), math.log(rules.scale_max)
+    limits = [own or (rules.scale_min, rules.scale_max) for own in scales]
+    low, high = np.array([[math.log(limit) for limit in own] for own in limits]).T
     scale = np.exp(low + (high - low) * size)
     ratio = np.exp(math.log1p(rules.anisotropy) * _either_way(stretch) / 2)
     along_x = np.where(flip_x < rules.flip_p, -scale, scale) * ratio
@@ -221,6 +275,15 @@ def _affines(draws: _Draws, rules: AugmentRules) -> Affines:
         [sin * along_x, (sin * shear + cos) * along_y],
     ]
     return np.moveaxis(np.array(rows), -1, 0), rules.shift * _either_way(draws.place[:, 6:8])
+
+
+def _vesicles(draws: _Draws, rules: AugmentRules) -> Vesicles:
+    chance, share = draws.vesicles.T
+    least, most = SHARE
+    changed = chance < rules.vesicular_p
+    return Vesicles(
+        share=np.where(changed, least + (most - least) * share, 0.0), noise=draws.vesicle_noise
+    )
 
 
 def _look(draws: _Draws, rules: AugmentRules) -> Look:

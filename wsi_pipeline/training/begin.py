@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.machine import total_memory
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import ModelSpec
-from wsi_pipeline.training.annotation import AnnotatedImage, Item
+from wsi_pipeline.training.annotation import AnnotatedImage, Dataset, Item
+from wsi_pipeline.training.augment import AugmentRules, Scales
 from wsi_pipeline.training.layouts import read_dataset
 from wsi_pipeline.training.losses import check_head_rules
 from wsi_pipeline.training.recipe import Recipe, SourceRules, model_spec
@@ -143,6 +145,7 @@ def begin(
     start = read_start(recipe.start if encoder is None else Start(simclr=encoder))
     spec = model_spec(recipe, _kept(start, recipe.start.only), name=name)
     check_head_rules(recipe.heads, spec)
+    recipe.augment.check_heads(spec)
     torch.manual_seed(recipe.seed)
     network = build_network(spec)
     report = start_from(network, spec, start, only=recipe.start.only) if start else None
@@ -183,7 +186,8 @@ def open_parts(recipe: Recipe, spec: ModelSpec) -> tuple[Part, ...]:
     """Open a recipe's sources and split them by patient.
 
     Raises:
-        RecipeError: labels or classes that the model does not know.
+        RecipeError: labels or classes that the model does not know, images left out that are
+            not there, or magnifications that make no sense.
         DatasetError: a folder without images of its layout, or an empty part.
     """
     parts = []
@@ -191,10 +195,12 @@ def open_parts(recipe: Recipe, spec: ModelSpec) -> tuple[Part, ...]:
     cache_bytes //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     for rules in recipe.source:
         dataset = read_dataset(rules.path, rules.layout, mpp=rules.mpp, **rules.options)
-        split = {"train": dataset.items}
+        used = _used(dataset, rules.leave_out)
+        scales = _scales(rules, recipe.augment)
+        split = {"train": used}
         if rules.split:
             split = split_items(
-                dataset.items,
+                used,
                 validation=recipe.split.validation,
                 seed=recipe.split.seed,
                 published=recipe.split.published,
@@ -208,10 +214,45 @@ def open_parts(recipe: Recipe, spec: ModelSpec) -> tuple[Part, ...]:
                 heads=rules.heads,
                 class_map=rules.classes,
                 object_share=rules.object_share,
+                scales=scales,
                 cache_bytes=cache_bytes if name == "train" else 0,
             )
             parts.append(Part(name=name, source=source, rules=rules))
     return tuple(parts)
+
+
+def _used(dataset: Dataset, leave_out: Sequence[str]) -> tuple[Item, ...]:
+    """Return the images of a dataset whose names fit no pattern."""
+
+    def fits(item: Item, pattern: str) -> bool:
+        # Names are tried as they are too: a bracket in one would be a pattern.
+        return item.name == pattern or fnmatchcase(item.name, pattern)
+
+    where = f"{dataset.name} ({dataset.path}): leave_out"
+    idle = [p for p in leave_out if not any(fits(item, p) for item in dataset.items)]
+    if idle:
+        some = ", ".join(repr(item.name) for item in dataset.items[:3])
+        msg = f"{where} names {idle}, which no image is called; there are {some}, ..."
+        raise RecipeError(msg)
+    used = tuple(
+        item for item in dataset.items if not any(fits(item, pattern) for pattern in leave_out)
+    )
+    if not used:
+        raise RecipeError(f"{where} {list(leave_out)} leaves none of {len(dataset.items)} images")
+    return used
+
+
+def _scales(rules: SourceRules, augment: AugmentRules) -> Scales | None:
+    """Return a source's magnifications, what it does not say from ``[augment]``; None: all."""
+    if rules.scale_min is None and rules.scale_max is None:
+        return None
+    least = augment.scale_min if rules.scale_min is None else rules.scale_min
+    most = augment.scale_max if rules.scale_max is None else rules.scale_max
+    try:
+        replace(augment, scale_min=least, scale_max=most)  # which knows what makes sense
+    except RecipeError as error:
+        raise RecipeError(f"[[source]] {rules.path}: {error}") from error
+    return least, most
 
 
 def held_out_images(

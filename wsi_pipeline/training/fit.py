@@ -296,6 +296,7 @@ class Learner:
             self.recipe.augment,
             crop_px=loaded.crop_px,
             seeds=loaded.seeds,
+            scales=loaded.scales,
         )
         self._optimiser.zero_grad(set_to_none=True)
         own = {name: len(rows) for name, rows in crops.rows.items()}

@@ -33,6 +33,8 @@ class Loaded:
     """On the CPU, in pinned memory where there is a CUDA device."""
     seeds: tuple[int, ...]
     """One a window, for augmentation."""
+    scales: tuple[tuple[float, float] | None, ...]
+    """One a window: the magnifications of its source, if it has its own."""
     crop_px: int
     """Side of the crops to cut."""
 
@@ -75,7 +77,8 @@ def load_batches(
                 crop_px = sampler.crop_px(batch)
                 own = _own(batch, rank, world)
                 cut = [cutters.submit(_cut, sources, slot, crop_px) for slot in own]
-                waiting.append((cut, joiner.submit(_join, cut, own, crop_px, spec, pin)))
+                joined = joiner.submit(_join, cut, sources, own, crop_px, spec, pin)
+                waiting.append((cut, joined))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()[1].result()
         finally:
@@ -100,6 +103,7 @@ def _cut(sources: Sequence[Source], slot: Slot, crop_px: int) -> Window:
 
 def _join(
     cut: Sequence[Future[Window]],
+    sources: Sequence[Source],
     slots: Sequence[Slot],
     crop_px: int,
     spec: ModelSpec,
@@ -109,5 +113,6 @@ def _join(
     return Loaded(
         windows=windows.pinned() if pin else windows,
         seeds=tuple(slot.seed for slot in slots),
+        scales=tuple(sources[slot.source].scales for slot in slots),
         crop_px=crop_px,
     )

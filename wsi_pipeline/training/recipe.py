@@ -88,6 +88,14 @@ class SourceRules:
     """Side of the crops; None: that of ``[batches]``."""
     object_share: float = 0.5
     """Share of the crops whose centre lies on an object."""
+    scale_min: float | None = None
+    """Smallest magnification of its crops; None: that of ``[augment]``. A source whose pixel
+    size is only estimated wants a wider range."""
+    scale_max: float | None = None
+    """Largest magnification of its crops; None: that of ``[augment]``."""
+    leave_out: tuple[str, ...] = ()
+    """Names of images that neither train nor validate, or shell patterns (``*``, ``?``,
+    ``[ab]``) of names."""
     heads: Mapping[str, str] = field(default_factory=dict)
     """The layout's label and the model's head, where the names differ; ``""``: not used."""
     classes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

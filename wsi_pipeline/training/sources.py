@@ -77,6 +77,8 @@ class Source:
     """The model's heads that it labels, in the model's order."""
     items: tuple[Item, ...]
     """Its images, not yet read."""
+    scales: tuple[float, float] | None
+    """Smallest and largest magnification of its crops; None: as ``[augment]`` says."""
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class Source:
         heads: Mapping[str, str] | None = None,
         class_map: Mapping[str, Mapping[str, str]] | None = None,
         object_share: float = 0.5,
+        scales: tuple[float, float] | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         """Prepare to read.
@@ -104,6 +107,8 @@ class Source:
             class_map: by the dataset's label: its class and the model's, where the names
                 differ; ``"ignore"`` (or ``""``) makes those pixels unknown.
             object_share: share of the windows that are placed on an object.
+            scales: smallest and largest magnification that augmentation gives its windows;
+                None: as ``[augment]`` says.
             cache_bytes: decoded images are kept up to this size.
 
         Raises:
@@ -124,6 +129,7 @@ class Source:
         self.heads = tuple(rule.head.name for rule in self._rules)
         self.task = task or "+".join(self.heads)
         self.items = tuple(items)
+        self.scales = scales
         self._spec = spec
         self._object_share = object_share
         self._cache = _Cache(cache_bytes)
