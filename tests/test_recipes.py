@@ -32,6 +32,7 @@ SMALL = [
     'schedule.decay="cosine"',
     "schedule.warmup=10",
     "schedule.ema=0.9",
+    'schedule.precision="fp32"',  # the same on processors with and without bf16
     "batches.size=8",
     "batches.crop_px=64",
     "batches.workers=1",
