@@ -1,0 +1,208 @@
+"""The images that a bundle is judged on: which they are, who learnt from them, what may be shown.
+
+Held-out images are those that a recipe with the standard split (a fifth of the patients, seed 0)
+keeps for validation. Whether a bundle kept to it is read off the recipe in its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wsi_pipeline.errors import DatasetError, RecipeError
+from wsi_pipeline.spec import ModelSpec
+from wsi_pipeline.training.annotation import Item
+from wsi_pipeline.training.begin import HeldOut, held_out_images
+from wsi_pipeline.training.layouts import LAYOUTS, read_dataset
+from wsi_pipeline.training.sources import Source
+from wsi_pipeline.training.split import split_items
+
+__all__ = ["CROPS", "PLANS", "SPLIT", "ImageSet", "Plan", "open_set", "open_sets", "standing"]
+
+log = logging.getLogger(__name__)
+
+SPLIT = {"validation": 0.2, "seed": 0}
+"""The split of the recipes: share of the patients that validates, and the seed."""
+HEADS = ("nuclei", "gland", "lumen")
+"""Labels that are judged; others a dataset has are left aside."""
+CROPS = "crops"
+"""Name of the set of own annotations."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A set of images, as it can be found in a data folder."""
+
+    name: str
+    """Key in the scores."""
+    title: str
+    """What it is, for a table."""
+    folder: str
+    """In the data folder."""
+    layout: str
+    """Of :data:`~wsi_pipeline.training.layouts.LAYOUTS`."""
+    mpp: float | None = None
+    """Micrometres a pixel, where the layout does not know."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the layout's reader."""
+    held_out: bool = True
+    """Only the validation part; False: all of it, as nobody may learn from it."""
+    shown: str | None = None
+    """Attribution under a picture; None: its pixels are never shown."""
+    fast: int | None = None
+    """Images in a fast run, taken in turn from all groups; None: all."""
+
+
+PLANS = (
+    Plan(
+        name="monuseg",
+        title="MoNuSeg, six tiles at 0.5 um, never learnt from",
+        folder="nuclei_monuseg_NC",
+        layout="monuseg",
+        held_out=False,
+    ),
+    Plan(
+        name="dsb2018",
+        title="DSB 2018, held-out images scaled to nuclei of 6.5 um",
+        folder="nuclei_dsb2018_CC0",
+        layout="dsb2018",
+        options={"nucleus_um": 6.5},
+        shown="DSB 2018 (BBBC038), CC0",
+        fast=8,
+    ),
+    Plan(
+        name="ebhi",
+        title="EBHI-Seg, held-out patients at 1.1 um",
+        folder="glands_ebhi",
+        layout="ebhi",
+        mpp=1.1,
+        shown="EBHI-Seg (Shi et al. 2023), CC BY 4.0",
+        fast=30,
+    ),
+    Plan(
+        name="pt1",
+        title="GG-pT1, held-out images, one annotated gland a crop",
+        folder="glands_pt1",
+        layout="pt1",
+        mpp=0.5,
+        shown="GG-pT1, MIT",
+        fast=8,
+    ),
+    Plan(
+        name="kather",
+        title="Kather tiles without glands, held out",
+        folder="tissue_kather",
+        layout="kather",
+        options={"gland_free": True},
+        shown="NCT-CRC-HE (Kather et al. 2019), CC BY 4.0",
+    ),
+)
+"""What the data folder holds."""
+
+CROPS_PLAN = Plan(
+    name=CROPS,
+    title="own annotations, validation crops",
+    folder=CROPS,
+    layout=CROPS,
+    shown="slides CC0 and MIT",
+    fast=10,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSet:
+    """Images to judge a network on."""
+
+    plan: Plan
+    """Where they are from."""
+    images: tuple[HeldOut, ...]
+    """At the network's pixel size once loaded."""
+    standing: str
+    """Whether the network learnt from them; see :func:`standing`."""
+
+
+def open_sets(
+    spec: ModelSpec, *, data: Path, annotations: Path | None, recipe: Path | None, fast: bool
+) -> list[ImageSet]:
+    """Open what is there; what is missing or cannot be judged is said in the log and left out.
+
+    Args:
+        spec: of the network.
+        data: the folder that the plans' folders are in.
+        annotations: the folder of own annotations, which holds ``crops``.
+        recipe: the recipe that the network was trained by, if it is known.
+        fast: take few images.
+    """
+    plans = [(plan, data / plan.folder, {}) for plan in PLANS]
+    if annotations is not None:
+        plans.append((CROPS_PLAN, annotations / CROPS, {"slides": data / "slides"}))
+    found = []
+    for plan, folder, options in plans:
+        try:
+            found.append(open_set(plan, folder, spec, recipe=recipe, fast=fast, options=options))
+        except (DatasetError, RecipeError) as error:
+            log.warning("%s is left out: %s", plan.name, error)
+    return found
+
+
+def open_set(
+    plan: Plan,
+    folder: Path,
+    spec: ModelSpec,
+    *,
+    recipe: Path | None,
+    fast: bool,
+    options: Mapping[str, Any],
+) -> ImageSet:
+    """Open one set.
+
+    Args:
+        plan: what is wanted of it.
+        folder: where it is.
+        spec: of the network.
+        recipe: of the network, if it is known.
+        fast: take few images.
+        options: further arguments of the layout's reader, as far as it knows them.
+
+    Raises:
+        DatasetError: the folder is missing or in another layout, or nothing is held out.
+        RecipeError: the network has no head for any of the labels.
+    """
+    if plan.layout not in LAYOUTS:
+        raise DatasetError(f"there is no layout {plan.layout!r} yet")
+    dataset = read_dataset(folder, plan.layout, mpp=plan.mpp, **plan.options, **options)
+    items: Sequence[Item] = dataset.items
+    if plan.held_out:
+        items = split_items(items, **SPLIT).get("validation", ())
+    unjudged = {label: "" for label in dataset.labels if label not in HEADS}
+    source = Source(dataset, items, spec, heads=unjudged, cache_bytes=0)
+    images = held_out_images([source], at_most=plan.fast if fast else None)
+    return ImageSet(plan=plan, images=images, standing=standing(plan, recipe))
+
+
+def standing(plan: Plan, recipe: Path | None) -> str:
+    """Tell from a recipe whether a network learnt from the images of a set.
+
+    Returns:
+        ``held out``, ``never seen``, ``learnt from``, or why that is not known.
+    """
+    if recipe is None or not recipe.is_file():
+        return "not known: the bundle has no recipe"
+    text = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    own = [source for source in text.get("source", []) if _is_of(source, plan)]
+    if not own:
+        return "never seen"
+    if not plan.held_out or any(not source.get("split", True) for source in own):
+        return "learnt from"
+    rules = {**SPLIT, "published": True, **text.get("split", {})}
+    if rules == {**SPLIT, "published": True}:
+        return "held out"
+    return f"not known: the recipe splits by {rules}"
+
+
+def _is_of(source: Mapping[str, Any], plan: Plan) -> bool:
+    return plan.layout == source.get("layout") or plan.folder == Path(str(source["path"])).name
