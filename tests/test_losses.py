@@ -137,15 +137,15 @@ def test_a_patch_counts_where_a_cell_sees_a_whole_patch():
     assert losses_of("tissue", logits, label, weighted)["ce"] == pytest.approx(2.5 * float(by_hand))
 
 
-def test_a_coarse_output_is_compared_with_coarse_labels():
+def test_an_output_coarser_than_its_map_is_enlarged_first():
     ids = squares((16, 16, 32, 32))
-    coarse = squares((8, 8, 16, 16), side=32)
     torch.manual_seed(2)
     logits = torch.randn(1, 3, 32, 32)
-    direct = Batch(pixels=torch.zeros(1, 3, 32, 32), rows={}, labels={"gland": coarse}, unknown={})
-    one = losses_of("gland", logits, ids, HeadRules(element_um=5))
-    spec_px = HeadRules(element_um=2.5)  # at 0.5 um the same number of pixels as 5 at 1.0 um
-    assert one == pytest.approx(losses_of("gland", logits, coarse, spec_px, direct))
+    rules = HeadRules(element_um=2.5)
+    enlarged = torch.nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)(logits)
+    found = losses_of("gland", logits, ids, rules)
+    assert found == pytest.approx(losses_of("gland", enlarged, ids, rules))
+    assert found != pytest.approx(losses_of("gland", logits.repeat(1, 1, 2, 2), ids, rules))
 
 
 def test_contours_are_not_learnt_where_the_recipe_says_so():

@@ -182,7 +182,7 @@ def test_patch_classes(tmp_path):
         out,
         f"source=[{kather(classes=False)}]",
         "batches.crop_px=144",
-        "schedule.steps=120",
+        "schedule.steps=240",
     )
     assert fell(losses, "tissue")
     found = score_bundle(out, out / "train.toml", part="train", resamples=0, device="cpu")

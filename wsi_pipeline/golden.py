@@ -69,13 +69,13 @@ class Tolerances:
 
 TOLERANCES = {
     "fp32": Tolerances(mean=1e-4, share=2e-4, cell=3e-4, objects=0.0),
-    "bf16": Tolerances(mean=3e-3, share=3e-3, cell=2e-2, objects=0.05),
+    "bf16": Tolerances(mean=6e-3, share=1.5e-2, cell=4e-2, objects=0.05),
     "fp16": Tolerances(mean=1e-3, share=1e-3, cell=5e-3, objects=0.03),
 }
 """By precision. With trained cerberus-lite networks, float32 gave the same numbers to 1e-5 with
 SSE 4.1, AVX2 and AVX-512 kernels; bf16 was off by 9e-4 (mean), 1.2e-3 (share) and 6e-3 (cell),
-fp16 by 2e-4, 2e-4 and 1.6e-3. About three times that is allowed: other networks and devices round
-in other ways."""
+fp16 by 2e-4, 2e-4 and 1.6e-3; one that was unsure about the pen of the blank tile was off by 3e-3,
+7e-3 and 2e-2 in bf16. Two to three times that is allowed: other devices round in other ways."""
 _COLOUR = 0.05
 """Grey levels by which a tile's mean colour may differ: drawing it rounds, too."""
 
