@@ -392,20 +392,37 @@ def test_a_recipe_tells_what_was_learnt_from(tmp_path):
     recipe = tmp_path / "train.toml"
     recipe.write_text(RECIPE)
     plans = {plan.name: plan for plan in PLANS}
-    assert standing(plans["ebhi"], recipe) == "held out"
-    assert standing(plans["kather"], recipe) == "learnt from"
-    assert standing(plans["monuseg"], recipe) == "never seen"
-    assert standing(plans["ebhi"], tmp_path / "none.toml").startswith("not known")
+    assert standing(plans["ebhi"], [recipe]) == "held out"
+    assert standing(plans["kather"], [recipe]) == "learnt from"
+    assert standing(plans["monuseg"], [recipe]) == "never seen"
+    assert standing(plans["ebhi"], [tmp_path / "none.toml"]).startswith("not known")
     recipe.write_text(RECIPE + "[split]\nseed = 1\n")
-    assert standing(plans["ebhi"], recipe).startswith("not known")
+    assert standing(plans["ebhi"], [recipe]).startswith("not known")
     recipe.write_text('[[source]]\nlayout = "monuseg"\npath = "there"\n')
-    assert standing(plans["monuseg"], recipe) == "learnt from"
+    assert standing(plans["monuseg"], [recipe]) == "learnt from"
+
+
+def test_what_an_earlier_stage_learnt_from_counts(tmp_path, monkeypatch):
+    (tmp_path / "first").mkdir()
+    first = tmp_path / "first" / "train.toml"
+    second = tmp_path / "second.toml"
+    second.write_text(
+        '[start]\nbundle = "$STAGES/first"\n[[source]]\nlayout = "ebhi"\npath = "e"\n'
+    )
+    plans = {plan.name: plan for plan in PLANS}
+    monkeypatch.setenv("STAGES", str(tmp_path))
+    assert standing(plans["ebhi"], [second]).startswith("not known")  # the first is not there yet
+    first.write_text(RECIPE)
+    assert standing(plans["ebhi"], [second]) == "held out"
+    assert standing(plans["kather"], [second]) == "learnt from"
+    assert standing(plans["dsb2018"], [second]) == "never seen"
+    monkeypatch.setenv("STAGES", "elsewhere")
+    assert standing(plans["kather"], [second]).startswith("not known")
+    assert standing(plans["kather"], [second, first]) == "learnt from"
 
 
 def test_what_is_missing_is_left_out(tmp_path, caplog):
-    found = quality_sets.open_sets(
-        SPEC, data=tmp_path, annotations=tmp_path, recipe=None, fast=True
-    )
+    found = quality_sets.open_sets(SPEC, data=tmp_path, annotations=tmp_path, recipes=[], fast=True)
     assert found == []
     assert {record.args[0] for record in caplog.records} == {*(p.name for p in PLANS), "crops"}
 

@@ -1,7 +1,10 @@
 """Judge a bundle on everything, for its card.
 
     python -m benchmarks.quality BUNDLE --data $WSI_DATA --annotations annotations --out DIR
-        [--baseline stain-baseline] [--fast] [--sweep]
+        [--baseline stain-baseline] [--recipes STAGE.toml ...] [--fast] [--sweep]
+
+``--recipes`` names the recipes of all stages, so that it is known what was learnt from; without it
+the bundle's own is read, and those of the bundles it started from, where they are.
 
 DIR gets ``scores.json`` (all numbers, with 95 % intervals), ``scores.md`` (the card's tables), and
 ``pictures/`` (good and bad cases, of sets whose pixels may be shown). The baseline is another
@@ -80,7 +83,7 @@ def _sets(bundle: ModelBundle, options: argparse.Namespace) -> list[ImageSet]:
         bundle.spec,
         data=options.data,
         annotations=options.annotations,
-        recipe=options.recipe or bundle.path / "train.toml",
+        recipes=options.recipes or [bundle.path / "train.toml"],
         fast=options.fast,
     )
 
@@ -124,7 +127,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--annotations", type=Path, help="the folder that holds crops/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--baseline", help="a bundle, or the scores.json of another run")
-    parser.add_argument("--recipe", type=Path, help="what it was trained by; default: its own")
+    parser.add_argument(
+        "--recipes",
+        type=Path,
+        nargs="+",
+        help="what it was trained by, all stages; default: its own",
+    )
     parser.add_argument("--fast", action="store_true", help="few images, few draws")
     parser.add_argument("--sweep", action="store_true", help="only try other rules for objects")
     parser.add_argument("--device", default="auto")

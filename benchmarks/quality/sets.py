@@ -1,12 +1,13 @@
 """The images that a bundle is judged on: which they are, who learnt from them, what may be shown.
 
 Held-out images are those that a recipe with the standard split (a fifth of the patients, seed 0)
-keeps for validation. Whether a bundle kept to it is read off the recipe in its folder.
+keeps for validation. Whether a bundle kept to it is read off the recipes of all its stages.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,17 @@ from wsi_pipeline.training.layouts import LAYOUTS, read_dataset
 from wsi_pipeline.training.sources import Source
 from wsi_pipeline.training.split import split_items
 
-__all__ = ["CROPS", "PLANS", "SPLIT", "ImageSet", "Plan", "open_set", "open_sets", "standing"]
+__all__ = [
+    "CROPS",
+    "PLANS",
+    "SPLIT",
+    "ImageSet",
+    "Plan",
+    "open_set",
+    "open_sets",
+    "standing",
+    "training_history",
+]
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +137,7 @@ class ImageSet:
 
 
 def open_sets(
-    spec: ModelSpec, *, data: Path, annotations: Path | None, recipe: Path | None, fast: bool
+    spec: ModelSpec, *, data: Path, annotations: Path | None, recipes: Sequence[Path], fast: bool
 ) -> list[ImageSet]:
     """Open what is there; what is missing or cannot be judged is said in the log and left out.
 
@@ -134,7 +145,7 @@ def open_sets(
         spec: of the network.
         data: the folder that the plans' folders are in.
         annotations: the folder of own annotations, which holds ``crops``.
-        recipe: the recipe that the network was trained by, if it is known.
+        recipes: what the network was trained by; see :func:`standing`.
         fast: take few images.
     """
     plans = [(plan, data / plan.folder, {}) for plan in PLANS]
@@ -143,7 +154,7 @@ def open_sets(
     found = []
     for plan, folder, options in plans:
         try:
-            found.append(open_set(plan, folder, spec, recipe=recipe, fast=fast, options=options))
+            found.append(open_set(plan, folder, spec, recipes=recipes, fast=fast, options=options))
         except (DatasetError, RecipeError) as error:
             log.warning("%s is left out: %s", plan.name, error)
     return found
@@ -154,7 +165,7 @@ def open_set(
     folder: Path,
     spec: ModelSpec,
     *,
-    recipe: Path | None,
+    recipes: Sequence[Path],
     fast: bool,
     options: Mapping[str, Any],
 ) -> ImageSet:
@@ -164,7 +175,7 @@ def open_set(
         plan: what is wanted of it.
         folder: where it is.
         spec: of the network.
-        recipe: of the network, if it is known.
+        recipes: what it was trained by.
         fast: take few images.
         options: further arguments of the layout's reader, as far as it knows them.
 
@@ -181,27 +192,60 @@ def open_set(
     unjudged = {label: "" for label in dataset.labels if label not in HEADS}
     source = Source(dataset, items, spec, heads=unjudged, cache_bytes=0)
     images = held_out_images([source], at_most=plan.fast if fast else None)
-    return ImageSet(plan=plan, images=images, standing=standing(plan, recipe))
+    return ImageSet(plan=plan, images=images, standing=standing(plan, recipes))
 
 
-def standing(plan: Plan, recipe: Path | None) -> str:
-    """Tell from a recipe whether a network learnt from the images of a set.
+def training_history(recipe: Path) -> tuple[list[Path], bool]:
+    """Return a bundle's recipe, that of the bundle it started from, and so on.
+
+    Returns:
+        The recipes that were found, and whether they go back to fresh weights.
+    """
+    found: list[Path] = []
+    while recipe.is_file() and recipe not in found:
+        found.append(recipe)
+        start = tomllib.loads(recipe.read_text(encoding="utf-8")).get("start", {})
+        if not {"bundle", "model"} & start.keys():
+            return found, True
+        folder = Path(os.path.expandvars(str(start.get("bundle", ""))))
+        recipe = recipe.parent / folder / "train.toml"
+    return found, False
+
+
+def standing(plan: Plan, recipes: Sequence[Path]) -> str:
+    """Tell from recipes whether a network learnt from the images of a set.
+
+    Args:
+        plan: the set.
+        recipes: of all stages, or the last one, whose ancestors are then looked for.
 
     Returns:
         ``held out``, ``never seen``, ``learnt from``, or why that is not known.
     """
-    if recipe is None or not recipe.is_file():
-        return "not known: the bundle has no recipe"
-    text = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    own = [source for source in text.get("source", []) if _is_of(source, plan)]
+    complete = len(recipes) > 1
+    if len(recipes) == 1:
+        recipes, complete = training_history(recipes[0])
+    if not recipes:
+        return "not known: there is no recipe"
+    found = {_standing_in(plan, tomllib.loads(r.read_text(encoding="utf-8"))) for r in recipes}
+    unclear = sorted(one for one in found if one.startswith("not known"))
+    if "learnt from" in found:
+        return "learnt from"
+    if unclear or not complete:
+        return unclear[0] if unclear else "not known: the recipe of an earlier stage is missing"
+    return "held out" if "held out" in found else "never seen"
+
+
+def _standing_in(plan: Plan, recipe: Mapping[str, Any]) -> str:
+    own = [source for source in recipe.get("source", []) if _is_of(source, plan)]
     if not own:
         return "never seen"
     if not plan.held_out or any(not source.get("split", True) for source in own):
         return "learnt from"
-    rules = {**SPLIT, "published": True, **text.get("split", {})}
+    rules = {**SPLIT, "published": True, **recipe.get("split", {})}
     if rules == {**SPLIT, "published": True}:
         return "held out"
-    return f"not known: the recipe splits by {rules}"
+    return f"not known: a recipe splits by {rules}"
 
 
 def _is_of(source: Mapping[str, Any], plan: Plan) -> bool:
