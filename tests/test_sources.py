@@ -25,7 +25,7 @@ from wsi_pipeline.training.annotation import (
     PatchLabel,
 )
 from wsi_pipeline.training.conform import resampled
-from wsi_pipeline.training.sources import Source, collate
+from wsi_pipeline.training.sources import ImageCache, Source, collate
 
 SPEC = ModelSpec(
     name="m",
@@ -365,7 +365,7 @@ def test_boxes_of_a_window_are_those_that_meet_it():
 
 
 def test_the_same_seed_cuts_the_same_window():
-    s = source(annotated(everything((60, 60)), (60, 60)), cache_bytes=0)
+    s = source(annotated(everything((60, 60)), (60, 60)), cache=ImageCache(0))
     one, two = (s.window(0, np.random.default_rng(7), 32) for _ in range(2))
     assert (one.pixels == two.pixels).all()
     assert not (one.pixels == s.window(0, np.random.default_rng(8), 32).pixels).all()
@@ -382,20 +382,31 @@ def test_images_are_decoded_once_while_there_is_room_and_the_oldest_leaves():
     items = [Item(name=str(i), patient="p", load=partial(load, i)) for i in range(3)]
     dataset = Dataset(name="d", path=Path("d"), labels={"nuclei": ()}, items=tuple(items))
     each = 50 * 50 * (3 + 4) + 8  # pixels, ids, one place
-    s = Source(dataset, items, SPEC, cache_bytes=2 * each)
+    s = Source(dataset, items, SPEC, cache=ImageCache(2 * each))
     for index in (0, 1, 0, 1, 0, 2, 0, 1):
         s.window(index, np.random.default_rng(0), 16)
     assert read == [0, 1, 2, 1]
     read.clear()
-    s = Source(dataset, items, SPEC, cache_bytes=each - 1)
+    s = Source(dataset, items, SPEC, cache=ImageCache(each - 1))
     for _ in range(3):
         s.window(0, np.random.default_rng(0), 16)
     assert read == [0, 0, 0]
 
 
+def test_sources_share_one_cache_and_take_no_image_for_another_s():
+    image, other = (annotated(everything((60, 60)), image=rgb((60, 60), seed)) for seed in (1, 2))
+    cache = ImageCache()
+    one, two = source(image, cache=cache), source(other, cache=cache)
+    alone = [source(each).window(0, np.random.default_rng(3), 32).pixels for each in (image, other)]
+    for _ in range(2):
+        together = [s.window(0, np.random.default_rng(3), 32).pixels for s in (one, two)]
+        assert all((a == b).all() for a, b in zip(together, alone, strict=True))
+    assert not (alone[0] == alone[1]).all()
+
+
 def test_threads_get_what_one_alone_gets():
     images = [annotated(everything((60, 60)), image=rgb((60, 60), seed)) for seed in range(6)]
-    s = source(*images, cache_bytes=60_000)
+    s = source(*images, cache=ImageCache(60_000))
     wanted = [s.window(i % 6, np.random.default_rng(i), 32).pixels for i in range(60)]
     found = {}
 

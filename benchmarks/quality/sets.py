@@ -19,7 +19,7 @@ from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.training.annotation import Item
 from wsi_pipeline.training.begin import HeldOut, held_out_images
 from wsi_pipeline.training.layouts import LAYOUTS, read_dataset
-from wsi_pipeline.training.sources import Source
+from wsi_pipeline.training.sources import ImageCache, Source
 from wsi_pipeline.training.split import split_items
 
 __all__ = [
@@ -190,7 +190,7 @@ def open_set(
     if plan.held_out:
         items = split_items(items, **SPLIT).get("validation", ())
     unjudged = {label: "" for label in dataset.labels if label not in HEADS}
-    source = Source(dataset, items, spec, heads=unjudged, cache_bytes=0)
+    source = Source(dataset, items, spec, heads=unjudged, cache=ImageCache(0))
     images = held_out_images([source], at_most=plan.fast if fast else None)
     return ImageSet(plan=plan, images=images, standing=standing(plan, recipes))
 

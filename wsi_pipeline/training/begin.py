@@ -23,7 +23,7 @@ from wsi_pipeline.training.layouts import read_dataset
 from wsi_pipeline.training.losses import check_head_rules
 from wsi_pipeline.training.recipe import Recipe, SourceRules, model_spec
 from wsi_pipeline.training.sampler import SourceSize, check_sources
-from wsi_pipeline.training.sources import Source
+from wsi_pipeline.training.sources import ImageCache, Source
 from wsi_pipeline.training.split import split_items
 from wsi_pipeline.training.transfer import (
     Start,
@@ -191,8 +191,8 @@ def open_parts(recipe: Recipe, spec: ModelSpec) -> tuple[Part, ...]:
         DatasetError: a folder without images of its layout, or an empty part.
     """
     parts = []
-    cache_bytes = int(_CACHE_SHARE * total_memory() / len(recipe.source))
-    cache_bytes //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cache = ImageCache(int(_CACHE_SHARE * total_memory() / processes))
     for rules in recipe.source:
         dataset = read_dataset(rules.path, rules.layout, mpp=rules.mpp, **rules.options)
         used = _used(dataset, rules.leave_out)
@@ -215,7 +215,7 @@ def open_parts(recipe: Recipe, spec: ModelSpec) -> tuple[Part, ...]:
                 class_map=rules.classes,
                 object_share=rules.object_share,
                 scales=scales,
-                cache_bytes=cache_bytes if name == "train" else 0,
+                cache=cache if name == "train" else ImageCache(0),
             )
             parts.append(Part(name=name, source=source, rules=rules))
     return tuple(parts)

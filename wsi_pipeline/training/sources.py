@@ -39,10 +39,10 @@ from wsi_pipeline.training.batch import Batch
 from wsi_pipeline.training.conform import label_rules, resampled
 from wsi_pipeline.training.raster import mirrored
 
-__all__ = ["DEFAULT_CACHE_BYTES", "Source", "Window", "collate"]
+__all__ = ["ImageCache", "Source", "Window", "collate"]
 
 DEFAULT_CACHE_BYTES = 2 << 30
-"""Decoded images that a source keeps, unless told otherwise."""
+"""What a cache keeps, unless told otherwise."""
 
 T = TypeVar("T", np.int32, np.uint8, np.bool_)
 Mask = NDArray[np.int32] | NDArray[np.uint8]
@@ -92,7 +92,7 @@ class Source:
         class_map: Mapping[str, Mapping[str, str]] | None = None,
         object_share: float = 0.5,
         scales: tuple[float, float] | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache: ImageCache | None = None,
     ) -> None:
         """Prepare to read.
 
@@ -109,7 +109,7 @@ class Source:
             object_share: share of the windows that are placed on an object.
             scales: smallest and largest magnification that augmentation gives its windows;
                 None: as ``[augment]`` says.
-            cache_bytes: decoded images are kept up to this size.
+            cache: keeps decoded images, of this and of other sources; None: one of its own.
 
         Raises:
             DatasetError: no items.
@@ -132,7 +132,7 @@ class Source:
         self.scales = scales
         self._spec = spec
         self._object_share = object_share
-        self._cache = _Cache(cache_bytes)
+        self._cache = cache if cache is not None else ImageCache()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -173,7 +173,7 @@ class Source:
             DatasetError: as :meth:`image`.
             RecipeError: as :meth:`image`.
         """
-        held = self._cache.get(index, lambda: self._hold(index))
+        held = self._cache.get((self, index), lambda: self._hold(index))
         on_object = bool(held.places) and rng.random() < self._object_share
         size = held.image.image.shape[1], held.image.image.shape[0]
         x, y = _on_object(held.places, rng, side_px) if on_object else _anywhere(size, rng, side_px)
@@ -204,24 +204,26 @@ class _Held:
         return sum(array.nbytes for array in arrays)
 
 
-class _Cache:
-    """The images used last, up to a number of bytes."""
+class ImageCache:
+    """The decoded images used last, of one or more sources, up to a number of bytes."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int = DEFAULT_CACHE_BYTES) -> None:
+        """Keep images up to ``limit`` bytes in all; 0: none."""
         self._limit = limit
         self._bytes = 0
-        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._held: OrderedDict[tuple[Source, int], _Held] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, index: int, make: Callable[[], _Held]) -> _Held:
+    def get(self, key: tuple[Source, int], make: Callable[[], _Held]) -> _Held:
+        """Return what is kept for a source and the number of its image, or make it."""
         with self._lock:
-            if index in self._held:
-                self._held.move_to_end(index)
-                return self._held[index]
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
         made = make()  # not under the lock: others may read meanwhile
         with self._lock:
-            if index not in self._held and made.nbytes <= self._limit:
-                self._held[index] = made
+            if key not in self._held and made.nbytes <= self._limit:
+                self._held[key] = made
                 self._bytes += made.nbytes
                 while self._bytes > self._limit:
                     self._bytes -= self._held.popitem(last=False)[1].nbytes
