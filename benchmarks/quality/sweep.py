@@ -78,7 +78,7 @@ def grids(rules: Rules) -> list[dict[str, tuple[float, ...]]]:
         stages: list[dict[str, tuple[float, ...]]] = [
             {
                 "inner_threshold": (0.4, 0.5, 0.6, 0.7),
-                "foreground_threshold": (0.4, 0.5, 0.6),
+                "foreground_threshold": (0.5, 0.6, 0.7, 0.8, 0.9),
             },
             {
                 "min_core_um2": (1.0, 2.0, 4.0),
