@@ -11,12 +11,19 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from wsi_pipeline.annotating import annotate_command
-from wsi_pipeline.command import EXIT_FAILED, exit_if_interrupted, plain_errors, signals
+from wsi_pipeline.benching import bench_command
+from wsi_pipeline.command import (
+    EXIT_FAILED,
+    auto_or_number,
+    exit_if_interrupted,
+    plain_errors,
+    signals,
+)
 from wsi_pipeline.learning import evaluate_command, train_command
 from wsi_pipeline.zoo import models_group
 
@@ -26,18 +33,6 @@ if TYPE_CHECKING:
     from wsi_pipeline.progress import BarWatcher, LineWatcher
 
 __all__ = ["main_run", "main_wsi", "run", "wsi"]
-
-
-def _auto_or_number(
-    _context: click.Context, parameter: click.Parameter, value: str
-) -> int | Literal["auto"]:
-    """Check an option that takes a positive whole number or ``auto``."""
-    if value == "auto":
-        return "auto"
-    if not value.isdecimal() or int(value) < 1:
-        message = f"{value!r} is neither a positive whole number nor 'auto'"
-        raise click.BadParameter(message, param=parameter)
-    return int(value)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -74,7 +69,7 @@ def wsi() -> None:
     default="auto",
     show_default=True,
     metavar="N|auto",
-    callback=_auto_or_number,
+    callback=auto_or_number,
     help="Tiles that the network sees at a time.",
 )
 @click.option(
@@ -82,7 +77,7 @@ def wsi() -> None:
     default="auto",
     show_default=True,
     metavar="N|auto",
-    callback=_auto_or_number,
+    callback=auto_or_number,
     help="Side of a tile in pixels of the model's mpp, a multiple of 16.",
 )
 @click.option(
@@ -90,7 +85,7 @@ def wsi() -> None:
     default="auto",
     show_default=True,
     metavar="N|auto",
-    callback=_auto_or_number,
+    callback=auto_or_number,
     help="Threads that read the slide, and that extract objects.",
 )
 @click.option(
@@ -200,6 +195,7 @@ wsi.add_command(train_command)
 wsi.add_command(evaluate_command)
 wsi.add_command(models_group)
 wsi.add_command(annotate_command)
+wsi.add_command(bench_command)
 
 
 @wsi.command()

@@ -1,4 +1,4 @@
-"""What every command has: plain errors, requests to stop, exit codes."""
+"""What commands have in common: plain errors, requests to stop, exit codes, a kind of option."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Literal
 
 import click
 
@@ -17,12 +18,25 @@ __all__ = [
     "EXIT_FAILED",
     "EXIT_INTERRUPTED",
     "EXIT_USAGE",
+    "auto_or_number",
     "exit_if_interrupted",
     "plain_errors",
     "signals",
 ]
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_CTRL_C = 1, 2, 75, 130
+
+
+def auto_or_number(
+    _context: click.Context, parameter: click.Parameter, value: str
+) -> int | Literal["auto"]:
+    """Check an option that takes a positive whole number or ``auto``."""
+    if value == "auto":
+        return "auto"
+    if not value.isdecimal() or int(value) < 1:
+        message = f"{value!r} is neither a positive whole number nor 'auto'"
+        raise click.BadParameter(message, param=parameter)
+    return int(value)
 
 
 @contextmanager

@@ -8,15 +8,17 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import zarr
+from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from wsi_pipeline.geometry import PixelGrid
 
-__all__ = ["build_pyramid", "create_array", "multiscale", "ome_attributes"]
+__all__ = ["build_pyramid", "compress", "create_array", "multiscale", "ome_attributes"]
 
 COARSEST_PX = 512
 """A pyramid stops when its longer side is at most this."""
+ZSTD_LEVEL = 1
 
 
 def create_array(
@@ -35,12 +37,17 @@ def create_array(
         shape=shape,
         chunks=chunks,
         dtype="uint8",
-        compressors=ZstdCodec(level=1),
+        compressors=ZstdCodec(level=ZSTD_LEVEL),
         fill_value=0,
         dimension_names=("c", "y", "x")[-len(shape) :],
         config={"write_empty_chunks": False},
         overwrite=True,
     )
+
+
+def compress(chunk: NDArray[np.uint8]) -> bytes:
+    """Return the bytes of the file in which :func:`create_array`'s arrays keep a chunk."""
+    return bytes(Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(chunk)))
 
 
 def build_pyramid(group: zarr.Group, key: str, *, average: bool) -> list[zarr.Array[Any]]:

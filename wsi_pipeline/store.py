@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,21 @@ class PredictionStore:
             )
             raise StoreError(msg) from error
         return pixels if pixels.any() else None
+
+    def stored_chunks(self) -> Iterator[Pixels]:
+        """Yield every chunk of the maps and their pyramids that takes a file, decoded."""
+        for group in self._groups.values():
+            for _, array in sorted(group.arrays()):
+                for index in np.ndindex(*array.cdata_shape):
+                    start = [at * side for at, side in zip(index, array.chunks, strict=True)]
+                    inside = np.asarray(
+                        array[tuple(map(slice, start, np.add(start, array.chunks)))], np.uint8
+                    )
+                    if inside.any():
+                        # A chunk at the edge is kept whole.
+                        chunk = np.zeros(array.chunks, np.uint8)
+                        chunk[tuple(map(slice, inside.shape))] = inside
+                        yield chunk
 
     def unreadable_fraction(self) -> float:
         """Return the share of the predicted area that could not be read from the slide."""

@@ -27,7 +27,7 @@ from wsi_pipeline.geometry import Box
 from wsi_pipeline.slide.planes import Plane, Sampling
 from wsi_pipeline.slide.resample import resample
 
-__all__ = ["Fetch", "read_bands"]
+__all__ = ["Fetch", "decode_once", "read_bands"]
 
 Fetch = Callable[[Plane, int, int], NDArray[np.uint8] | None]
 """Decode the tile of a plane at ``(column, row)``; None is white."""
@@ -102,6 +102,28 @@ def read_bands(
                 yield view
 
 
+def decode_once(
+    sampling: Sampling, boxes: Sequence[Box], *, fetch: Fetch, threads: int
+) -> list[tuple[int, int]]:
+    """Decode each tile that some boxes need once, and drop it.
+
+    The least that :func:`read_bands` can cost for the same boxes and threads.
+
+    Returns:
+        ``(column, row)`` of the tiles.
+    """
+    tiles = _touched(sampling, boxes)
+
+    def work(job: Sequence[tuple[int, int]]) -> None:
+        for column, row in job:
+            fetch(sampling.plane, column, row)
+
+    with ThreadPoolExecutor(max(1, threads), "decode") as pool:
+        for future in [pool.submit(work, job) for job in _jobs(tiles)]:
+            future.result()
+    return sorted(tiles)
+
+
 class _Crew:
     """The threads that fill canvases, and the two canvases they take turns to fill."""
 
@@ -159,8 +181,8 @@ class _Crew:
         _whiten_outside(canvas, row.canvas, self._sampling.plane.box)
         if previous is not None:
             _carry_over(previous, band, self._sampling.plane)
-        missing = sorted(self._touched(row) - band.done, key=lambda tile: (tile[1], tile[0]))
-        jobs = [missing[at : at + _TILES_A_JOB] for at in range(0, len(missing), _TILES_A_JOB)]
+        missing = _touched(self._sampling, row.boxes) - band.done
+        jobs = _jobs(missing)
         self._together(self._fill, [(band, job) for job in jobs])
         band.done.update(missing)
         if shift is None:
@@ -172,17 +194,6 @@ class _Crew:
         futures = [self._workers.submit(work, *job) for job in jobs]
         for future in futures:
             future.result()
-
-    def _touched(self, row: _Row) -> set[tuple[int, int]]:
-        width, height = self._sampling.plane.raster.tile_size
-        tiles: set[tuple[int, int]] = set()
-        for box in row.boxes:
-            need = self._sampling.source(box)
-            if need.area:
-                columns = range(need.x // width, -(-need.x1 // width))
-                lines = range(need.y // height, -(-need.y1 // height))
-                tiles.update((column, line) for line in lines for column in columns)
-        return tiles
 
     def _fill(self, band: _Band, tiles: Sequence[tuple[int, int]]) -> None:
         for column, line in tiles:
@@ -239,6 +250,19 @@ def _plan(sampling: Sampling, boxes: Sequence[Box]) -> list[_Row]:
         panel.append(index)
     finish()
     return rows
+
+
+def _touched(sampling: Sampling, boxes: Sequence[Box]) -> set[tuple[int, int]]:
+    tiles: set[tuple[int, int]] = set()
+    for box in boxes:
+        tiles |= sampling.tiles(box)
+    return tiles
+
+
+def _jobs(tiles: set[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Cut tiles, row by row, into jobs for threads."""
+    order = sorted(tiles, key=lambda tile: (tile[1], tile[0]))
+    return [order[at : at + _TILES_A_JOB] for at in range(0, len(order), _TILES_A_JOB)]
 
 
 def _canvas_box(sampling: Sampling, span: Box) -> Box:

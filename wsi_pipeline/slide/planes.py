@@ -91,6 +91,19 @@ class Sampling:
         )
         return Box.from_edges(x0, y0, x1, y1)
 
+    def tiles(self, box: Box) -> set[tuple[int, int]]:
+        """Return the ``(column, row)`` of the plane's tiles that a grid box needs."""
+        width, height = self.plane.raster.tile_size
+        need = self.source(box)
+        if not need.area:
+            return set()
+        columns = range(need.x // width, -(-need.x1 // width))
+        return {
+            (column, row)
+            for row in range(need.y // height, -(-need.y1 // height))
+            for column in columns
+        }
+
 
 @lru_cache(maxsize=4096)
 def _span(start: int, stop: int, scale: float, offset: float, size: int) -> tuple[int, int]:

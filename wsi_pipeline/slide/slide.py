@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.errors import SlideError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.slide.bands import read_bands
+from wsi_pipeline.slide.bands import decode_once, read_bands
 from wsi_pipeline.slide.opening import open_reader
 from wsi_pipeline.slide.pixel_size import PixelSize, find_pixel_size, objective_power
 from wsi_pipeline.slide.planes import Plane, fitting_grid, sampling_for
@@ -209,6 +209,22 @@ class Slide:
         """
         sampling = sampling_for(grid, self._reader.levels, self._downsamples)
         return read_bands(sampling, boxes, fetch=self._fetch, threads=threads, stop=stop)
+
+    def decode(self, grid: PixelGrid, boxes: Sequence[Box], *, threads: int) -> int:
+        """Decode each tile of the file that some boxes need once, and drop the pixels.
+
+        The least that :meth:`read_windows` can cost; for measuring it.
+
+        Args:
+            grid: any grid on this slide.
+            boxes: as of :meth:`read_windows`, in any order.
+            threads: how many tiles are decoded at once.
+
+        Returns:
+            The number of tiles.
+        """
+        sampling = sampling_for(grid, self._reader.levels, self._downsamples)
+        return len(decode_once(sampling, boxes, fetch=self._fetch, threads=threads))
 
     def thumbnail(self, mpp: float) -> tuple[NDArray[np.uint8], PixelGrid]:
         """Read the whole slide at a coarse pixel size, cheaply.

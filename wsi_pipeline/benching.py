@@ -1,0 +1,133 @@
+"""The command ``wsi bench``: thin over ``bench``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wsi_pipeline.command import auto_or_number, exit_if_interrupted, plain_errors, signals
+from wsi_pipeline.errors import Interrupted
+
+__all__ = ["bench_command"]
+
+
+@click.command("bench")
+@click.option(
+    "--slide", metavar="FILE", help="The slide to measure on.  [default: a synthetic one]"
+)
+@click.option("--model", metavar="NAME|DIR", help="Model bundle.  [default: that of the device]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, mps")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    help="Arithmetic of the network.",
+)
+@click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    callback=auto_or_number,
+    help="Tiles that the network sees at a time.",
+)
+@click.option(
+    "--tile-size",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    callback=auto_or_number,
+    help="Side of a tile in pixels of the model's mpp, a multiple of 16.",
+)
+@click.option(
+    "--workers",
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    callback=auto_or_number,
+    help="Threads that read the slide, and that extract objects.",
+)
+@click.option(
+    "--mpp",
+    type=float,
+    metavar="FLOAT",
+    help="Micrometres per pixel of level 0; overrides what the slide says.  [synthetic: 0.25]",
+)
+@click.option(
+    "--size",
+    "size_px",
+    type=int,
+    metavar="PX",
+    help="Side of the synthetic slide in level-0 pixels.  [default: 8192; for a GPU 24576]",
+)
+@click.option(
+    "--tiles",
+    type=int,
+    metavar="N",
+    help="Measure at most N neighbouring tiles, from the middle of the tissue.  [default: all]",
+)
+@click.option(
+    "--repeat", default=3, show_default=True, metavar="N", help="Rounds; medians are shown."
+)
+@click.option(
+    "--scratch",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder on the disk to measure; nothing stays in it.  [default: the system's]",
+)
+@click.option(
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE|-]",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    help="Write the result as JSON, to FILE or (-, or nothing) to the standard output.",
+)
+@click.option("--verbose", "-v", is_flag=True, help="Also show what the library logs.")
+def bench_command(
+    scratch: Path | None,
+    json_file: str | None,
+    verbose: bool,
+    **options: Any,  # noqa: ANN401 - the fields of BenchOptions, checked there
+) -> None:
+    """Measure every stage of the pipeline, alone and as a whole, and name the bottleneck.
+
+    Each stage is compared with the least that its result costs on this machine, measured
+    in the same rounds on the same tiles. Leave the machine alone meanwhile.
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, force=True
+    )
+    with plain_errors(), signals() as caught:
+        from wsi_pipeline.bench import BenchOptions, bench
+        from wsi_pipeline.durable import durable_file
+
+        asked = BenchOptions(**options)
+        with tempfile.TemporaryDirectory(prefix="wsi-bench-", dir=scratch) as folder:
+            try:
+                result = bench(
+                    asked,
+                    Path(folder),
+                    stop=lambda: bool(caught),
+                    say=lambda text: click.echo(text, err=True),
+                )
+            except Interrupted as error:
+                click.echo(str(error), err=True)
+                exit_if_interrupted(caught)
+                raise
+        document = json.dumps(result.to_json(), indent=2)
+        if json_file not in (None, "-"):
+            with durable_file(Path(json_file)) as beside:
+                beside.write_text(document + "\n", encoding="utf-8")
+    # The standard output holds one thing: JSON where that is asked for there, else the table.
+    for line in result.lines():
+        click.echo(line, err=json_file == "-")
+    if json_file == "-":
+        click.echo(document)
