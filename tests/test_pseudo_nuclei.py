@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from workflows.weights import pseudo_nuclei
+from workflows.weights import pseudo_crops, pseudo_nuclei
 from workflows.weights.label_polygons import connected, polygons
-from workflows.weights.pseudo_nuclei import Plan, plan_slide, share_out
+from workflows.weights.pseudo_crops import Plan, plan_slide, share_out
 from workflows.weights.slide_stain import STAINS, Stain, fit_stain
 from workflows.weights.stained_nuclei import find_nuclei
 from wsi_pipeline.curation.crops import Crop, read_crop, write_crop
@@ -133,7 +133,7 @@ def test_windows_stay_away_from_validation_crops(slide, tmp_path, how):
             crop = Crop(id=part, slide=slide.name, slide_size=(SIDE, SIDE), mpp=MPP, box=box,
                         labels=("nuclei",), part=part)  # fmt: skip
             write_crop(crop, tmp_path / f"{part}.geojson")
-        places = pseudo_nuclei.validation_places(tmp_path)
+        places = pseudo_crops.validation_places(tmp_path)
     else:
         x, y, side = taken.x + taken.width / 2, taken.y + taken.height / 2, taken.width * MPP
         (tmp_path / "places.csv").write_text(
@@ -141,7 +141,7 @@ def test_windows_stay_away_from_validation_crops(slide, tmp_path, how):
             f"a,{slide.name},{MPP},{x},{y},{side},nuclei,validation,fat\n"
             f"b,{slide.name},{MPP},{SIDE / 2},{SIDE / 2},9999,nuclei,train,fat\n"
         )
-        places = pseudo_nuclei.listed_places(tmp_path / "places.csv")
+        places = pseudo_crops.listed_places(tmp_path / "places.csv")
     (place,) = places
     assert place.slide == slide.name
     plan = plan_slide(slide, mpp=None, side_um=16, seed=0, places=places)
@@ -152,7 +152,7 @@ def test_windows_stay_away_from_validation_crops(slide, tmp_path, how):
 
 
 def test_another_slides_crops_do_not_matter(slide):
-    place = pseudo_nuclei.Place(slide="other.svs", box=Box(x=0, y=0, width=SIDE, height=SIDE))
+    place = pseudo_crops.Place(slide="other.svs", box=Box(x=0, y=0, width=SIDE, height=SIDE))
     assert plan_slide(slide, mpp=None, side_um=100, seed=0, places=[place]).boxes
 
 
