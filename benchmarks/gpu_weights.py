@@ -212,8 +212,8 @@ def release(options: argparse.Namespace, recipe: Recipe) -> Result:
     trained = options.work / options.name
     finished = (trained / "spec.json").is_file()
     bundle = open_bundle(trained) if finished else _so_far(options, recipe)
-    released = release_bundle(bundle, options.work / "released" / options.name)
-    write_golden(released)
+    target = options.work / "released" / options.name
+    released = release_bundle(bundle, target, finish=write_golden)
     out = options.out / options.name
     out.mkdir(parents=True, exist_ok=True)
     for name in released.weight_map:

@@ -316,6 +316,136 @@ def test_save_refuses_tensors_that_do_not_fit(tiny, tmp_path):
     assert not list(tmp_path.glob("*x*"))
 
 
+def tree(folder):
+    """Everything below a folder: what files hold, where links lead, None for a folder."""
+    return {
+        str(path.relative_to(folder)): path.readlink()
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def alien(place):
+    place.mkdir()
+    (place / "spec.json").write_text('{"spec_dir": "spec", "spec_files": ["**/*.js"]}')
+
+
+def with_a_folder(place):
+    place.mkdir()
+    (place / "spec.json").write_text(SPEC.to_json())
+    (place / "results").mkdir()
+
+
+def of_other_things(place):
+    place.mkdir()
+    (place / "thesis.txt").write_text("years of work")
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        of_other_things,
+        alien,
+        with_a_folder,
+        lambda place: place.write_text("a table"),
+        lambda place: place.symlink_to("tiny"),
+        lambda place: place.symlink_to("nowhere"),
+    ],
+)
+def test_nothing_but_a_bundle_is_replaced(tiny, tmp_path, narrow, lay):
+    lay(tmp_path / "taken")
+    narrow.save(tmp_path / "w.tar")
+    before = tree(tmp_path)
+    says = "taken (exists and is no model bundle|is a link)"
+    with pytest.raises(ModelBundleError, match=says):
+        save_bundle(tmp_path / "taken", SPEC, tiny.load_network(), card="")
+    with pytest.raises(ModelBundleError, match=says):
+        import_cerberus(tmp_path / "w.tar", tmp_path / "taken")
+    assert tree(tmp_path) == before
+
+
+def test_an_older_bundle_and_an_empty_folder_are_replaced(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tiny.path / "golden.json").write_text("of the older one")
+    for path in (tiny.path, tmp_path / "empty"):
+        save_bundle(path, SPEC, tiny.load_network(), card="newer")
+        assert (path / "card.md").read_text() == "newer"
+        assert not (path / "golden.json").exists()
+
+
+def test_what_goes_wrong_at_the_end_leaves_everything_as_it_was(tiny, tmp_path):
+    before = tree(tmp_path)
+
+    def fail(bundle):
+        assert bundle.digest == open_bundle(bundle.path).digest
+        assert (bundle.path / "card.md").read_text() == "newer"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        save_bundle(tiny.path, SPEC, tiny.load_network(), card="newer", finish=fail)
+    assert tree(tmp_path) == before
+    finished = save_bundle(
+        tmp_path / "x",
+        SPEC,
+        tiny.load_network(),
+        card="",
+        finish=lambda bundle: (bundle.path / "more.json").write_text("{}"),
+    )
+    assert (finished.path / "more.json").read_text() == "{}"
+
+
+def test_no_picture_writes_over_the_spec(tiny, tmp_path):
+    (tmp_path / "picture").write_text("no spec")
+    saved = save_bundle(
+        tmp_path / "x",
+        SPEC,
+        tiny.load_network(),
+        card="",
+        pictures={"spec.json": tmp_path / "picture"},
+    )
+    assert saved.spec == SPEC
+
+
+def spoilt(tensor, value):
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("project.weight", lambda t: spoilt(t, float("nan")), "holds NaN"),
+        ("project.weight", lambda t: spoilt(t, float("-inf")), "holds NaN or infinite"),
+        ("project.weight", lambda t: spoilt(t.double(), 1e300), "holds NaN or infinite"),
+        ("project.weight", lambda t: t.to(torch.int64), "is torch.int64, not torch.float32"),
+        ("running_var", lambda t: spoilt(t, -1e-3), "holds negative variances"),
+        ("running_mean", lambda t: spoilt(t, float("nan")), "holds NaN"),
+    ],
+)
+def test_broken_weights_are_refused(tiny, tmp_path, kind, change, says):
+    """By all that loads them and by all that writes them."""
+    tensors = load_file(tiny.path / "weights.safetensors")
+    name = next(name for name in tensors if name.endswith(kind))
+    tensors[name] = change(tensors[name])
+    save_file(tensors, tiny.path / "weights.safetensors")
+    with pytest.raises(ModelBundleError, match=rf"broken: {name} {says}"):
+        open_bundle(tiny.path).load_network()
+    with pytest.raises(ModelBundleError, match=rf"broken: {name} {says}"):
+        save_bundle(tmp_path / "x", SPEC, tensors, card="")
+    assert not list(tmp_path.glob("*x*"))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"weight_map": []}', "[" * 100_000])
+def test_an_index_that_is_none_is_named(tiny, text):
+    (tiny.path / "weights.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelBundleError, match=r"index\.json cannot be read"):
+        open_bundle(tiny.path)
+
+
 def test_find_by_name_or_folder(tiny, monkeypatch):
     known = "stain-baseline"
     assert find_bundle(known).name == known
@@ -340,4 +470,8 @@ def test_installed_zoo_wins_over_checkout(tiny, tmp_path, monkeypatch):
     (installed / "models").mkdir()
     (installed / "other-name").rename(installed / "models" / "tiny")
     monkeypatch.setattr(bundle_module, "__file__", str(installed / "bundle.py"))
+    assert [bundle.name for bundle in list_bundles()] == ["tiny"]
+    # What is being written there is no bundle yet.
+    (installed / "models" / ".new.partial").mkdir()
+    (installed / "models" / ".new.partial" / "spec.json").write_text(SPEC.to_json())
     assert [bundle.name for bundle in list_bundles()] == ["tiny"]

@@ -269,6 +269,35 @@ def test_release_and_golden_commands(made, zoo, tmp_path):
     assert "has no golden.json" in none.output
 
 
+def test_a_release_that_fails_leaves_what_was_there(made, zoo, tmp_path, monkeypatch):
+    words = ("models", "release", "cerberus-lite", "--out")
+    assert invoke(*words, tmp_path / "small").exit_code == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "small").iterdir()}
+
+    def fail(bundle):
+        raise ModelBundleError(f"no golden tiles of {bundle.name}")
+
+    monkeypatch.setattr("wsi_pipeline.golden.write_golden", fail)
+    for name in ("small", "another"):
+        done = invoke(*words, tmp_path / name)
+        assert (done.exit_code, done.output) == (2, f"Error: no golden tiles of {name}\n")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "small").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_release_replaces_no_file(made, zoo, tmp_path):
+    (tmp_path / "f.parquet").write_text("a table")
+    (tmp_path / "metrics.json").write_text("[1]")
+    done = invoke("models", "release", "cerberus-lite", "--out", tmp_path / "f.parquet")
+    assert done.exit_code == 2
+    assert "f.parquet exists and is no model bundle" in done.output
+    assert (tmp_path / "f.parquet").read_text() == "a table"
+    done = invoke("models", "release", "cerberus-lite", "--out", tmp_path / "x",
+                  "--metrics", tmp_path / "metrics.json")  # fmt: skip
+    assert done.exit_code == 2
+    assert "metrics.json is no JSON object" in done.output
+
+
 def test_the_doctor_compares_golden_tiles(made, zoo, tmp_path):
     from wsi_pipeline.doctor import _model, _try
 

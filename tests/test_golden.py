@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from wsi_pipeline import golden
 from wsi_pipeline.bundle import default_bundle, find_bundle, list_bundles, open_bundle, save_bundle
-from wsi_pipeline.errors import ModelBundleError
+from wsi_pipeline.errors import JobError, ModelBundleError
 from wsi_pipeline.golden import (
     TOLERANCES,
     check_golden,
@@ -209,7 +210,10 @@ def test_every_statistic_is_compared(tiny):
         assert f"{inner} {name}" in fault
     (fault,) = changed(lambda tile: tile["maps"][inner]["cell"][7].__setitem__(3, 0.99))
     assert f"{inner} cell" in fault
-    assert changed(lambda tile: tile["maps"][inner].update(mean=float("nan")))
+    nan = float("nan")
+    assert changed(lambda tile: tile["maps"][inner].update(mean=nan))
+    assert changed(lambda tile: tile.update(colour=[nan, nan, nan]))
+    assert changed(lambda tile: tile["objects"].update(nucleus=nan))
     (fault,) = changed(lambda tile: tile["objects"].update(nucleus=10_000))
     assert "10000 of kind nucleus" in fault
     (fault,) = changed(lambda tile: tile["maps"].pop(inner))
@@ -218,6 +222,71 @@ def test_every_statistic_is_compared(tiny):
     assert "drawn differently" in fault
     one_more = tiles["tissue"]["objects"]["nucleus"] + 1
     assert changed(lambda tile: tile["objects"].update(nucleus=one_more)) == []
+
+
+def spoilt(tiny, folder, change):
+    """A copy of the bundle whose golden.json was changed."""
+    shutil.copytree(tiny.path, folder / "cerberus-lite")
+    bundle = open_bundle(folder / "cerberus-lite")
+    content = json.loads((bundle.path / "golden.json").read_text())
+    change(content)
+    (bundle.path / "golden.json").write_text(json.dumps(content))
+    return bundle
+
+
+FP32 = {"device": "cpu", "precision": "fp32"}
+INNER = "nuclei/prob/inner"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d.update(tiles={}), r"tiles \['tissue', 'blank'\], not \[\]"),
+        (lambda d: d["tiles"].pop("blank"), r"tiles .*, not \['tissue'\]"),
+        (lambda d: d["tiles"].update(x=d["tiles"]["blank"]), r"tiles .*, not .*'x'"),
+        (lambda d: d["tiles"]["tissue"].update(objects={}), r"tissue: objects .*, not \[\]"),
+        (lambda d: d["tiles"]["tissue"]["objects"].update(x=1), r"tissue: objects .*'x'"),
+        (lambda d: d["tiles"]["tissue"].update(maps={}), r"tissue: maps .*, not \[\]"),
+    ],
+)
+def test_golden_tiles_that_leave_something_out_do_not_pass(tiny, tmp_path, change, says):
+    (fault,) = check_golden(spoilt(tiny, tmp_path, change), **FP32)
+    assert re.match(says, fault)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(tiles=[]),
+        lambda d: d["tiles"].update(blank=None),
+        lambda d: d["tiles"]["blank"].pop("objects"),
+        lambda d: d["tiles"]["blank"].pop("colour"),
+        lambda d: d["tiles"]["blank"].update(colour=[float("nan")] * 3),
+        lambda d: d["tiles"]["blank"].update(colour=[]),
+        lambda d: d["tiles"]["blank"]["objects"].update(nucleus=float("nan")),
+        lambda d: d["tiles"]["blank"]["objects"].update(nucleus=float("inf")),
+        lambda d: d["tiles"]["blank"]["objects"].update(nucleus="3"),
+        lambda d: d["tiles"]["blank"]["objects"].update(nucleus=10**400),
+        lambda d: d["tiles"]["blank"]["maps"][INNER].pop("mean"),
+        lambda d: d["tiles"]["blank"]["maps"][INNER].update(mean=float("nan")),
+        lambda d: d["tiles"]["blank"]["maps"][INNER].update(share="0.5"),
+        lambda d: d["tiles"]["blank"]["maps"][INNER].update(share=True),
+        lambda d: d["tiles"]["blank"]["maps"][INNER].update(cell=0.0),
+        lambda d: d["tiles"]["blank"]["maps"][INNER].update(cell=[[0.0] * 8] * 7),
+        lambda d: d["tiles"]["blank"]["maps"][INNER].update(cell=[[0.0] * 8] * 7 + [[0.0]]),
+    ],
+)
+def test_golden_tiles_without_a_number_cannot_be_read(tiny, tmp_path, change):
+    with pytest.raises(ModelBundleError, match=r"golden\.json cannot be read"):
+        check_golden(spoilt(tiny, tmp_path, change), **FP32)
+
+
+def test_a_precision_that_nothing_is_expected_in_is_refused(tiny):
+    baseline = find_bundle("stain-baseline")
+    with pytest.raises(JobError, match="stain-baseline is not held to bf16 on cpu: choose fp32"):
+        check_golden(baseline, device="cpu", precision="bf16")
+    with pytest.raises(JobError, match="not held to fp16 on cpu: choose fp32 or bf16"):
+        check_golden(tiny, device="cpu", precision="fp16")
 
 
 def test_golden_tiles_are_written_alike_and_missed_aloud(tiny, tmp_path):

@@ -90,6 +90,11 @@ def test_lookups():
         (lambda d: d["heads"].append(d["heads"][0]), "twice"),
         (lambda d: d.update(halo_px=100), "multiple of 16"),
         (lambda d: d.pop("mpp"), "mpp"),
+        (lambda d: d.update(mpp=-1), "mpp must be from 0.05 to 5"),
+        (lambda d: d.update(mpp=0), "mpp must be"),
+        (lambda d: d.update(mpp=float("nan")), "mpp must be"),
+        (lambda d: d.update(mpp=500), "mpp must be"),
+        (lambda d: d.update(mpp="0.5"), "spec.json"),
         (lambda d: d.pop("heads"), "cannot be read"),
     ],
 )

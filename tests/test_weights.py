@@ -196,9 +196,86 @@ def test_a_release_takes_another_card_and_other_scores(trained, tmp_path):
     assert pictures == {"good.png": b"good", "examples.png": b"a picture"}
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "![](a.png)",
+        "![a [b] c](a.png)",
+        "[![in a link](a.png)](https://example.org)",
+        "![two\nlines](a.png)",
+        "![x](./a.png)",
+        "![x]( a.png )",
+        '![x](a.png "a title")',
+        "![x](<a.png> 'a title')",
+        '<img alt="x" src="a.png">',
+        "<IMG\n  SRC='./a.png' width=10/>",
+        "<img src=a.png>",
+        "![x](%61.png)",
+    ],
+)
+def test_a_picture_comes_along_however_it_is_shown(trained, tmp_path, shown):
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    card = tmp_path / "card.md"
+    card.write_text(f"# x\n\n{shown}\n")
+    released = release_bundle(trained, tmp_path / "x", card=card)
+    assert [p.name for p in released.path.glob("*.png")] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "says"),
+    [
+        ("![x](pictures/a.png)", r"shows pictures/a\.png, but a bundle has no folders"),
+        ("![x](../a.png)", r"shows \.\./a\.png, but"),
+        ('<img src="/pictures/a.png">', r"shows /pictures/a\.png, but"),
+        ("![x][ref]\n\n[ref]: a.png", r"shows !\[x\] by reference"),
+        ("![ref]\n\n[ref]: a.png", r"shows !\[ref\] by reference"),
+        ('<img src="b.png">', r"shows b\.png, which is in none"),
+    ],
+)
+def test_a_picture_that_cannot_come_along_is_named(trained, tmp_path, shown, says):
+    (tmp_path / "pictures").mkdir()
+    for folder in (tmp_path, tmp_path / "pictures"):
+        (folder / "a.png").write_bytes(b"a picture")
+    card = tmp_path / "pictures" / "card.md"
+    card.write_text(f"# x\n\n{shown}\n")
+    with pytest.raises(ModelBundleError, match=says):
+        release_bundle(trained, tmp_path / "x", card=card)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_picture_on_the_web_stays_there(trained, tmp_path):
+    card = tmp_path / "card.md"
+    card.write_text("![x](https://example.org/a.png) <img src='data:image/png;base64,AAAA'>\n")
+    released = release_bundle(trained, tmp_path / "x", card=card)
+    assert not list(released.path.glob("*.png"))
+
+
+@pytest.mark.parametrize("text", ["[1]", "7", "{", "[" * 100_000])
+def test_scores_that_are_none_are_named(trained, tmp_path, text):
+    (trained.path / "metrics.json").write_text(text)
+    with pytest.raises(ModelBundleError, match=r"metrics\.json (cannot be read|is no JSON object)"):
+        release_bundle(trained, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_broken_weights_are_not_released(trained, tmp_path):
+    tensors = read_weights(trained.path, trained.weight_map)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 4)
+    tensors[name][0, 0, 0, 0] = float("nan")
+    (trained.path / "weights.safetensors").unlink()
+    write_weights(trained.path, tensors)
+    with pytest.raises(ModelBundleError, match=f"{name} holds NaN"):
+        release_bundle(open_bundle(trained.path), tmp_path / "x")
+    assert not [path for path in tmp_path.iterdir() if path.name in ("x", ".x.partial")]
+
+
 def test_a_release_replaces_neither_itself_nor_goes_without_a_card(trained, tmp_path):
     with pytest.raises(ModelBundleError, match="the bundle itself"):
         release_bundle(trained, trained.path / ".." / "trained")
+    (tmp_path / "detour").symlink_to(tmp_path)
+    with pytest.raises(ModelBundleError, match="the bundle itself"):
+        release_bundle(trained, tmp_path / "detour" / "trained")
+    assert open_bundle(trained.path).digest == trained.digest
     (trained.path / "card.md").unlink()
     with pytest.raises(ModelBundleError, match=r"has no card\.md"):
         release_bundle(trained, tmp_path / "x")

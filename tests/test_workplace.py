@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
+from test_bundle import SPEC
 
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.training.workplace import Workplace
@@ -243,3 +244,20 @@ def test_pictures_are_drawn_and_found(tmp_path, monkeypatch):
     assert list(one.pictures(6)) == ["curves.png"]
     one.draw_examples(7, [])
     assert not (one.folder / "examples-000007.png").exists()
+
+
+def test_what_the_bundle_must_not_replace_is_refused_at_once(tmp_path):
+    """Not after hours of training; whatever was begun under the name before."""
+    work(tmp_path)
+    out = tmp_path / "model"
+    (tmp_path / "elsewhere").mkdir()
+    out.symlink_to("elsewhere")
+    with pytest.raises(RecipeError, match="is a link"):
+        work(tmp_path, restart=True)
+    out.unlink()
+    out.mkdir()
+    (out / "spec.json").write_text('{"spec_dir": "spec"}')
+    with pytest.raises(RecipeError, match="exists and is no model bundle"):
+        work(tmp_path, restart=True)
+    (out / "spec.json").write_text(SPEC.to_json())
+    work(tmp_path, restart=True)

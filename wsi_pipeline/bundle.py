@@ -8,8 +8,8 @@ A bundle is a folder::
     metrics.json, train.toml       scores, recipe (optional), pictures for the card
     golden.json                    what it says about two fixed tiles; see golden.py (optional)
 
-Its digest is the SHA-256 of ``spec.json`` and the weight files: what decides the maps.
-Nothing in a bundle is ever unpickled.
+and has no folders of its own. Its digest is the SHA-256 of ``spec.json`` and the weight files:
+what decides the maps. Nothing in a bundle is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from wsi_pipeline.durable import partial_path, publish_directory, remove_tree
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import ModelSpec
-from wsi_pipeline.weights import halved, read_weights, weight_map, write_weights
+from wsi_pipeline.weights import halved, number_fault, read_weights, weight_map, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ __all__ = [
     "METRICS",
     "RECIPE",
     "ModelBundle",
+    "check_target",
     "default_bundle",
     "find_bundle",
     "import_cerberus",
@@ -82,8 +83,8 @@ class ModelBundle:
         """Build the network and fill it; on the CPU, in float32, in evaluation mode.
 
         Raises:
-            ModelBundleError: a tensor is missing, unknown, or of another shape; nothing is
-                ever loaded in part.
+            ModelBundleError: a tensor is missing, unknown, of another shape, or holds what no
+                weight can be (see ``weights.number_fault``); nothing is ever loaded in part.
         """
         network = build_network(self.spec)
         _fill(network, read_weights(self.path, self.weight_map), where=str(self.path))
@@ -153,6 +154,28 @@ def open_bundle(path: Path) -> ModelBundle:
     )
 
 
+def check_target(path: Path) -> None:
+    """Refuse a name under which anything but a bundle lies: a new bundle would replace it.
+
+    Args:
+        path: nothing, an empty folder, or an older bundle (flat, and its spec can be read).
+
+    Raises:
+        ModelBundleError: there is something else, or a link to whatever.
+    """
+    if path.is_symlink():
+        raise ModelBundleError(f"{path} is a link; name the folder itself")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        ModelSpec.from_json((path / _SPEC).read_text(encoding="utf-8"))
+        alone = not any(inner.is_dir() for inner in path.iterdir())
+    except (OSError, UnicodeError, ModelBundleError):
+        alone = False
+    if not alone:
+        raise ModelBundleError(f"{path} exists and is no model bundle; choose another --out")
+
+
 def save_bundle(
     path: Path,
     spec: ModelSpec,
@@ -163,11 +186,12 @@ def save_bundle(
     recipe: str | None = None,
     pictures: Mapping[str, Path] | None = None,
     half: bool = False,
+    finish: Callable[[ModelBundle], object] | None = None,
 ) -> ModelBundle:
     """Write a bundle: complete under its name, or not at all.
 
     Args:
-        path: the folder; an older bundle there is replaced.
+        path: the folder; an older bundle there is replaced, anything else is not.
         spec: what the model is.
         weights: the network, or its tensors by name.
         card: text of ``card.md``.
@@ -175,30 +199,45 @@ def save_bundle(
         recipe: text of ``train.toml``.
         pictures: files to copy, by their names in the bundle; the card may show them.
         half: keep kernels in half precision, as far as that is safe (``weights.halved``).
+        finish: told the bundle before it gets its name, to add files to its folder; what it
+            raises leaves everything as it was.
 
     Raises:
-        ModelBundleError: the tensors do not fit the spec.
+        ModelBundleError: the tensors do not fit the spec, or something else has the name.
         DiskFullError: no space.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     tensors = {name: tensor for name, tensor in state.items() if not _is_counter(name)}
-    _fill(build_network(spec), tensors, where=f"bundle {spec.name!r}")
     path = _absolute(path)
+    check_target(path)
+    _fill(build_network(spec), tensors, where=f"bundle {spec.name!r}")
+    texts = {_SPEC: spec.to_json(), CARD: card, RECIPE: recipe}
+    if metrics is not None:
+        texts[METRICS] = json.dumps(metrics, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = partial_path(path)
     remove_tree(beside)
     beside.mkdir()
-    texts = {_SPEC: spec.to_json(), CARD: card, RECIPE: recipe}
-    if metrics is not None:
-        texts[METRICS] = json.dumps(metrics, indent=2) + "\n"
-    for name, text in texts.items():
-        if text is not None:
-            (beside / name).write_text(text, encoding="utf-8")
-    for name, picture in (pictures or {}).items():
-        shutil.copyfile(picture, beside / name)
-    write_weights(beside, halved(tensors) if half else tensors)
+    try:
+        _write_files(beside, texts, pictures or {})
+        write_weights(beside, halved(tensors) if half else tensors)
+        if finish is not None:
+            finish(open_bundle(beside))
+    except BaseException:
+        remove_tree(beside)
+        raise
     publish_directory(beside, path)
     return open_bundle(path)
+
+
+def _write_files(
+    folder: Path, texts: Mapping[str, str | None], pictures: Mapping[str, Path]
+) -> None:
+    for name, picture in pictures.items():
+        shutil.copyfile(picture, folder / name)
+    for name, text in texts.items():
+        if text is not None:
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def import_cerberus(weights_path: Path, out_dir: Path) -> ModelBundle:
@@ -213,10 +252,12 @@ def import_cerberus(weights_path: Path, out_dir: Path) -> ModelBundle:
         out_dir: the bundle's folder; its name becomes the model's.
 
     Raises:
-        ModelBundleError: not such a checkpoint, or one with missing or unexpected tensors.
+        ModelBundleError: not such a checkpoint, one with missing or unexpected tensors, or
+            something that is no bundle has the name.
         DiskFullError: no space.
     """
     out_dir = _absolute(out_dir)
+    check_target(out_dir)
     checkpoint = read_cerberus(weights_path, name=out_dir.name)
     log.info(
         "%s: %d tensors taken, %d left out",
@@ -241,7 +282,8 @@ def _zoo() -> dict[str, Path]:
     zoo = next((folder for folder in folders if folder.is_dir()), None)
     if zoo is None:
         return {}
-    return {spec.parent.name: spec.parent for spec in zoo.glob(f"*/{_SPEC}")}
+    # A hidden folder is a bundle that is being written.
+    return {spec.parent.name: spec.parent for spec in zoo.glob(f"[!.]*/{_SPEC}")}
 
 
 def _digest(path: Path, weight_map: Mapping[str, Any]) -> str:
@@ -272,6 +314,10 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> N
     ]
     if shapes:
         raise ModelBundleError(f"{where}: {_some('wrong shapes', shapes)}")
+    found = ((name, number_fault(name, tensors[name], t.dtype)) for name, t in expected.items())
+    faults = [f"{name} {fault}" for name, fault in found if fault]
+    if faults:
+        raise ModelBundleError(f"{where}: {_some('broken', faults)}")
     state = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
     network.load_state_dict(state, strict=False)  # only the counters are absent
 

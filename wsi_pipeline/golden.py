@@ -26,7 +26,7 @@ from torch import nn
 from wsi_pipeline.bundle import ModelBundle
 from wsi_pipeline.device import choose_device, choose_precision, half_pays
 from wsi_pipeline.durable import durable_file
-from wsi_pipeline.errors import ModelBundleError
+from wsi_pipeline.errors import JobError, ModelBundleError
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.synth.world import World
@@ -143,15 +143,18 @@ def compare(
         precision: that it was observed in.
     """
     allowed = TOLERANCES[precision]
+    if expected.keys() != found.keys():
+        return [f"tiles {list(found)}, not {list(expected)}"]
     faults = []
     for tile, wanted in expected.items():
         own = found[tile]
         away = np.abs(np.subtract(wanted["colour"], own["colour"])).max()
-        if away > _COLOUR:
+        if not away <= _COLOUR:
             faults.append(f"tile {tile}: drawn differently, its mean colour is {own['colour']}")
             continue
-        if wanted["maps"].keys() != own["maps"].keys():
-            faults.append(f"{tile}: maps {list(own['maps'])}, not {list(wanted['maps'])}")
+        unlike = [key for key in ("maps", "objects") if wanted[key].keys() != own[key].keys()]
+        if unlike:
+            faults += [f"{tile}: {k} {list(own[k])}, not {list(wanted[k])}" for k in unlike]
             continue
         for channel, numbers in wanted["maps"].items():
             for name in ("mean", "share", "cell"):
@@ -159,7 +162,7 @@ def compare(
                 if not away <= getattr(allowed, name):
                     faults.append(f"{tile}: {channel} {name} is off by {away:.4f} in {precision}")
         for kind, count in wanted["objects"].items():
-            if abs(own["objects"][kind] - count) > max(1, allowed.objects * count):
+            if not abs(own["objects"][kind] - count) <= max(1, allowed.objects * count):
                 faults.append(f"{tile}: {own['objects'][kind]} of kind {kind}, not {count}")
     return faults
 
@@ -182,16 +185,42 @@ def read_golden(bundle: ModelBundle) -> dict[str, Any] | None:
     """Return the content of ``golden.json``: ``sha256`` and ``tiles``; None if there is none.
 
     Raises:
-        ModelBundleError: it cannot be read.
+        ModelBundleError: it cannot be read, or lacks a number.
     """
     path = bundle.path / GOLDEN
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"sha256": str(content["sha256"]), "tiles": dict(content["tiles"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tiles = {name: _read_tile(tile) for name, tile in content["tiles"].items()}
+        return {"sha256": str(content["sha256"]), "tiles": tiles}
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
+    ) as error:  # fmt: skip
         raise ModelBundleError(f"{path} cannot be read: {error!r}") from error
+
+
+def _read_tile(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tile's statistics, every number there and finite, or raise what Python raises."""
+    return {
+        "colour": _numbers(content["colour"], (3,)),
+        "maps": {
+            channel: {
+                "mean": _numbers(own["mean"], ()),
+                "share": _numbers(own["share"], ()),
+                "cell": _numbers(own["cell"], (CELLS, CELLS)),
+            }
+            for channel, own in content["maps"].items()
+        },
+        "objects": {kind: _numbers(count, ()) for kind, count in content["objects"].items()},
+    }
+
+
+def _numbers(content: object, shape: tuple[int, ...]) -> Any:  # noqa: ANN401 - a number or lists
+    array = np.array(content)
+    if array.dtype.kind not in "if" or array.shape != shape or not np.isfinite(array).all():
+        raise ValueError(f"{str(content)[:40]} is no array {shape} of finite numbers")
+    return content
 
 
 def check_golden(
@@ -206,7 +235,7 @@ def check_golden(
 
     Raises:
         ModelBundleError: the bundle has no golden tiles, or its weights do not fit.
-        JobError: no such device or precision.
+        JobError: no such device or precision, or nothing is expected of the bundle in it.
     """
     golden = read_golden(bundle)
     if golden is None:
@@ -214,6 +243,9 @@ def check_golden(
         raise ModelBundleError(msg)
     device = choose_device(device)
     precision = choose_precision(precision, device, architecture=bundle.spec.architecture)
+    if precision not in (held := precisions(bundle.spec, device)):
+        msg = f"{bundle.name} is not held to {precision} on {device}: choose {' or '.join(held)}"
+        raise JobError(msg)
     faults = []
     if golden["sha256"] != bundle.digest:
         faults.append(

@@ -190,7 +190,7 @@ class ModelSpec:
     architecture: str
     """Which module of ``network.py`` runs it."""
     mpp: float
-    """Micrometres per input pixel."""
+    """Micrometres per input pixel, from 0.05 to 5."""
     halo_px: int
     """Input pixels around a tile that its outputs depend on noticeably; multiple of 16."""
     heads: tuple[HeadSpec, ...]
@@ -205,6 +205,10 @@ class ModelSpec:
         names = [head.name for head in self.heads]
         if len(set(names)) != len(names):
             raise ModelBundleError(f"model {self.name!r} names a head twice: {names}")
+        if not 0.05 <= self.mpp <= 5:
+            raise ModelBundleError(
+                f"model {self.name!r}: mpp must be from 0.05 to 5, not {self.mpp}"
+            )
         if self.halo_px % 16 or self.halo_px < 0:
             raise ModelBundleError(f"model {self.name!r}: halo_px must be a multiple of 16")
         for head in self.heads:

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from wsi_pipeline.errors import ModelBundleError
 
-__all__ = ["SHARD_BYTES", "halved", "read_weights", "weight_map", "write_weights"]
+__all__ = [
+    "SHARD_BYTES",
+    "halved",
+    "number_fault",
+    "read_weights",
+    "weight_map",
+    "write_weights",
+]
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +62,7 @@ def weight_map(folder: Path) -> dict[str, tuple[str, ...] | None]:
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
         files = {str(file) for _, file in entries}
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelBundleError(f"{index} cannot be read: {error!r}") from error
     for file in files:
         # A bundle may come from anywhere: it must not name files outside its folder.
@@ -109,6 +116,24 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         part = {name: tensors[name].detach().cpu().contiguous().clone() for name in shard}
         save_file(part, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # it is written for its owner alone
+
+
+def number_fault(name: str, tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """Return what about a tensor's numbers no trained network has; None where all is well.
+
+    Args:
+        name: the tensor's; ``running_var`` at its end makes it a variance.
+        tensor: as it is stored.
+        dtype: what the network computes with.
+    """
+    if tensor.is_floating_point() != dtype.is_floating_point:
+        return f"is {tensor.dtype}, not {dtype}"
+    numbers = tensor.to(dtype)  # which may not hold what float64 does
+    if not bool(torch.isfinite(numbers).all()):
+        return "holds NaN or infinite numbers"
+    if name.endswith("running_var") and bool((numbers < 0).any()):
+        return "holds negative variances"
+    return None
 
 
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -60,16 +59,16 @@ def release_command(bundle: str, out: Path, card: Path | None, metrics: Path | N
     """Write BUNDLE as it is given away: half precision, small files, golden tiles, own name."""
     from wsi_pipeline.bundle import find_bundle
     from wsi_pipeline.golden import write_golden
-    from wsi_pipeline.release import release_bundle
+    from wsi_pipeline.release import read_metrics, release_bundle
 
     with plain_errors():
         released = release_bundle(
             find_bundle(bundle),
             out,
             card=card,
-            metrics=None if metrics is None else json.loads(metrics.read_text(encoding="utf-8")),
+            metrics=None if metrics is None else read_metrics(metrics),
+            finish=write_golden,
         )
-        write_golden(released)
     size = sum((released.path / name).stat().st_size for name in released.weight_map)
     click.echo(f"{out}: {len(released.weight_map)} weight files, {size / 2**20:.1f} MiB")
 

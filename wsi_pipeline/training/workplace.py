@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wsi_pipeline.bundle import check_target
 from wsi_pipeline.checkpoint import load_pickled
 from wsi_pipeline.durable import disk_errors, durable_file, remove_tree
 from wsi_pipeline.errors import ModelBundleError, RecipeError
@@ -222,12 +223,12 @@ class Workplace:
 
 
 def _check_out(out: Path, *, known: bool) -> None:
-    """Refuse a folder that is not this run's to replace."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "spec.json").is_file():
-        raise RecipeError(f"{out} exists and is no model bundle; choose another --out")
-    if not known:
+    """Refuse a folder that is not this run's to replace, now rather than after the run."""
+    try:
+        check_target(out)
+    except ModelBundleError as error:
+        raise RecipeError(str(error)) from error
+    if (out / "spec.json").is_file() and not known:
         msg = f"{out} is a bundle of another run: choose another --out, or say --restart"
         raise RecipeError(msg)
 
