@@ -93,6 +93,9 @@ def test_every_wrong_line_is_named_and_nothing_is_applied():
         ("add cell 1,1 9,1 9,9", "'cell' is no kind"),
         ("add nucleus 1,1 9, 1 9,9", "'9,' is no point"),
         ("add nucleus 1,1 nan,1 9,9", "is no point"),
+        (f"add nucleus 1,1 {'9' * 305},1 9,9", "larger number than 1,000,000"),
+        (f"ellipse nucleus 9,9 {'9' * 305} 4 0", "larger number than 1,000,000"),
+        (f"delete {'9' * 5000}", "is no id"),
         ("add nucleus 10,10 20,20 20,10 10,20", "crosses itself"),
         ("add nucleus -20,-20 -9,-20 -9,-9", "nothing of at least 2 um2"),
         ("add nucleus 40,5 41,5 41,6", "nothing of at least 2 um2"),
@@ -227,6 +230,24 @@ def test_slivers_of_neighbours_go():
     assert not new[1].intersects(rim)
     assert new[1].covers(ruler(10.5, 21, 19.5, 29.5))
     assert new[1].is_valid
+
+
+def test_outlines_that_give_way_are_by_hand_from_then_on():
+    facts = {own.id: own.source for own in corrected("ellipse nucleus 25,19 5 8 0").outlines}
+    assert facts == {1: "model m", 2: "hand", 3: "model m", 4: "model m", 5: "hand"}
+    # what is cut by an outline that only became another kind was cut by hand, too
+    over = crop(outline(5, ruler(25, 12, 35, 25), "gland", source="model k"))
+    after = corrected("kind 5 nucleus", over).outlines
+    assert {own.id: own.source for own in after} == {
+        1: "model m", 2: "hand", 3: "model m", 4: "model m", 5: "model k",
+    }  # fmt: skip
+
+
+def test_pieces_of_an_outline_that_gave_way_are_by_hand():
+    bar = make_crop(outline(1, ruler(10, 10, 60, 20)), labels=LABELS)
+    after = corrected("ellipse nucleus 35,15 6 30 0", bar)
+    assert len(after.outlines) == 3
+    assert {own.source for own in after.outlines} == {"hand"}
 
 
 def test_other_kinds_do_not_give_way():

@@ -1,21 +1,32 @@
 """Crops as files: what they say, what is refused, and that their bytes depend on nothing else."""
 
 import json
+from contextlib import suppress
+from pathlib import Path
 
 import geopandas as gpd
 import pytest
 import shapely
 from crop_fixtures import make_crop, outline, square
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from slide_fixtures import picture, write_slide
 
 from wsi_pipeline.curation.checking import check_crops, read_crops
 from wsi_pipeline.curation.crops import Round, read_crop, rounded, write_crop
 from wsi_pipeline.curation.start import new_crop
-from wsi_pipeline.errors import DatasetError, MissingPixelSizeError
+from wsi_pipeline.errors import DatasetError, ImplausiblePixelSizeError, MissingPixelSizeError
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.table import OBJECT_SCHEMA, ObjectWriter
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, -1, 1.5, 10**400, float("inf"), float("nan"), "", "x", "Polygon"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.just("id"), inner, max_size=1),
+    max_leaves=6,
+)
+"""Any JSON."""
 
 
 def crop():
@@ -73,6 +84,11 @@ def test_geopandas_reads_a_crop(tmp_path):
     assert frame.geometry[0].area == pytest.approx(crop().outlines[0].polygon.area)
 
 
+def first_corner(data, value):
+    """Change the x of the first point of the first object."""
+    data["features"][0]["geometry"]["coordinates"][0][0][0] = value
+
+
 @given(st.lists(st.tuples(st.floats(0, 200), st.floats(0, 150)), min_size=3, max_size=12))
 def test_rounding_keeps_shapes_valid_and_is_done_once(points):
     shape = shapely.MultiPoint(points).convex_hull.buffer(0.3, quad_segs=3)
@@ -110,10 +126,33 @@ def test_rounding_keeps_shapes_valid_and_is_done_once(points):
             lambda d: d["features"][0].update(geometry=d["features"][3]["geometry"]),
             "the objects 2 and 7 of the kind nucleus overlap by 25.0 um2",
         ),
+        (lambda d: first_corner(d, float("inf")), "object 2 has no valid outline"),
+        (lambda d: first_corner(d, float("nan")), "not laid out as a crop"),
+        (lambda d: first_corner(d, "x"), "not laid out as a crop"),
+        (lambda d: first_corner(d, 1e300), "object 2"),
+        (lambda d: d["features"][0]["geometry"].update(coordinates=[]), "object 2 has no valid"),
+        (lambda d: d["features"][0]["geometry"].update(coordinates=[[[1, 2]]]), "not laid out"),
         (lambda d: d["crop"].update(box=[100, 60, 600, 220]), "leaves the slide"),
         (lambda d: d["crop"].update(labels=["nucleus"]), "labels must be some of nuclei, gland"),
         (lambda d: d["crop"].update(part="test"), "part must be train or validation"),
         (lambda d: d["crop"].update(slide="/a/s.svs"), "without folders"),
+        (lambda d: d["crop"].update(slide=""), "without folders"),
+        (lambda d: d["crop"].update(slide=".."), "without folders"),
+        (lambda d: d["crop"].update(slide=5), "slide must be text, not 5"),
+        (lambda d: d["crop"].update(tissue=None), "tissue must be text"),
+        (lambda d: d["crop"].update(licence=""), "no licence"),
+        (lambda d: d["crop"].update(box=[100.5, 60, 300, 220]), "whole number, not 100.5"),
+        (lambda d: d["crop"].update(box=[100, 60, float("inf"), 220]), "whole number, not inf"),
+        (lambda d: d["crop"].update(slide_size=[512.5, 384]), "whole number, not 512.5"),
+        (lambda d: d["crop"].update(next_id="9"), "next_id must be a whole number"),
+        (lambda d: d["crop"].update(mpp=10**400), "not laid out as a crop"),
+        (lambda d: d["features"][0]["properties"].update(id=2.5), "whole number, not 2.5"),
+        (
+            lambda d: d["features"][0].update(
+                id="1f0e", properties={"objectType": "annotation", "classification": {}}
+            ),
+            "an object has no kind and no id and no from: another program",
+        ),
         (lambda d: d["crop"].update(mpp=0.0), "mpp must be"),
         (lambda d: d["crop"].update(colour=1), "unknown keys ['colour']"),
         (lambda d: d["crop"].update(id="d"), "the crop's id is 'd'"),
@@ -132,8 +171,29 @@ def test_what_contradicts_itself_is_refused(tmp_path, change, words):
     assert str(path) in str(caught.value)
 
 
+@given(st.data())
+@settings(deadline=None, max_examples=80)
+def test_whatever_a_file_says_it_is_read_or_refused(tmp_path_factory, data):
+    """No member of another kind ends in another error."""
+    path = tmp_path_factory.mktemp("any") / "c.geojson"
+    write_crop(crop(), path)
+    said = json.loads(path.read_text(encoding="utf-8"))
+    places = [(said, key) for key in said] + [(said["crop"], key) for key in said["crop"]]
+    for feature in said["features"]:
+        places += [(part, key) for part in (feature, *feature.values()) if isinstance(part, dict)
+                   for key in part]  # fmt: skip
+    place, key = data.draw(st.sampled_from(places))
+    place[key] = data.draw(ANYTHING)
+    path.write_text(json.dumps(said), encoding="utf-8")
+    with suppress(DatasetError):
+        read_crop(path)
+
+
 def test_what_is_no_json_is_refused(tmp_path):
     (tmp_path / "c.geojson").write_text("{", encoding="utf-8")
+    with pytest.raises(DatasetError, match="cannot be read as a crop"):
+        read_crop(tmp_path / "c.geojson")
+    (tmp_path / "c.geojson").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(DatasetError, match="cannot be read as a crop"):
         read_crop(tmp_path / "c.geojson")
 
@@ -167,6 +227,46 @@ def test_parts_must_not_share_pixels(tmp_path):
         read_crops(tmp_path)
 
 
+def test_no_object_is_counted_twice(tmp_path):
+    write(tmp_path, "a", (0, 0, 100, 100))
+    write(tmp_path, "b", (70, 70, 170, 170))  # 9 % of a: neighbours
+    write(tmp_path, "g", (0, 0, 100, 100), labels=("gland",))  # another head
+    assert len(read_crops(tmp_path)) == 3
+    write(tmp_path, "small", (60, 10, 70, 20), labels=("gland", "nuclei"))
+    with pytest.raises(DatasetError, match=r"a and small share .*100% of the smaller.*nuclei"):
+        read_crops(tmp_path)
+    (tmp_path / "small.geojson").unlink()
+    write(tmp_path, "b", (60, 60, 160, 160))  # 16 %
+    with pytest.raises(DatasetError, match=r"a and b share pixels of s\.svs: 16% of the smaller"):
+        read_crops(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"mpp": 0.26}, {"slide_size": (512, 390)}])
+def test_crops_of_one_slide_agree_about_it(tmp_path, change):
+    write(tmp_path, "a", (0, 0, 100, 100))
+    write(tmp_path, "b", (200, 0, 300, 100), mpp=0.2501)
+    write(tmp_path, "c", (200, 200, 300, 300), slide="t.svs", **change)
+    assert len(read_crops(tmp_path)) == 3
+    write(tmp_path, "c", (200, 200, 300, 300), **change)
+    with pytest.raises(DatasetError, match=r"a and c are of s\.svs, but one says 512 x 384 px"):
+        read_crops(tmp_path)
+
+
+def test_what_no_slide_says_is_the_crops_word(tmp_path):
+    write_slide(tmp_path / "s.svs", picture(512, 384), description="")
+    write_crop(crop(), tmp_path / "crops" / "c.geojson")
+    assert len(check_crops(tmp_path / "crops", tmp_path)) == 2
+    with pytest.raises(DatasetError, match=r"says 0\.25 um a pixel, but"):
+        check_crops(tmp_path / "crops", tmp_path, mpp={"s.svs": 0.3})
+    with pytest.raises(ImplausiblePixelSizeError):
+        check_crops(tmp_path / "crops", tmp_path, mpp={"s.svs": 30})
+
+
+def test_the_crops_that_are_given_away_agree_and_are_free():
+    folder = Path(__file__).parents[1] / "annotations" / "crops"
+    assert {own.licence for own in read_crops(folder)} == {"CC0-1.0"}
+
+
 def test_check_counts_and_compares_slides(tmp_path):
     slides = tmp_path / "slides"
     slides.mkdir()
@@ -197,7 +297,7 @@ def slide(tmp_path_factory):
     return write_slide(tmp_path_factory.mktemp("slides") / "s.svs", picture(512, 384))
 
 
-def write_objects(path, shapes, size=(512, 384)):
+def write_objects(path, shapes, size=(512, 384), name="s.svs", mpp=0.25):
     """Write predictions (kind, polygon) as a run does."""
     import pyarrow as pa
 
@@ -219,8 +319,9 @@ def write_objects(path, shapes, size=(512, 384)):
             zero = "s" if "string" in str(field.type) else 0
             own = pa.array([None if field.nullable else zero] * len(kinds))
         arrays.append(own.cast(field.type))
-    metadata = {"slide": {"width": size[0], "height": size[1]}, "model": {"name": "tiny"}}
-    with ObjectWriter(path, metadata=metadata, pixel_size=(0.25, 0.25)) as writer:
+    slide = {"name": name, "width": size[0], "height": size[1]}
+    metadata = {"slide": slide, "model": {"name": "tiny"}}
+    with ObjectWriter(path, metadata=metadata, pixel_size=(mpp, mpp)) as writer:
         writer.write(pa.RecordBatch.from_arrays(arrays, schema=OBJECT_SCHEMA))
     return path
 
@@ -285,9 +386,20 @@ def test_a_crop_may_begin_empty_and_must_lie_on_the_slide(tmp_path, slide):
     assert crop.kinds == ("gland", "lumen")
     with pytest.raises(DatasetError, match="leaves the slide"):
         new_crop("c", slide, centre=(20, 140), side_um=50, labels=["nuclei"])
-    table = write_objects(tmp_path / "o.parquet", [("nucleus", square(1, 1))], size=(9, 9))
-    with pytest.raises(DatasetError, match="of a slide of 9 x 9 px, this one has 512 x 384"):
-        new_crop("c", slide, centre=(200, 140), side_um=50, labels=["nuclei"], objects=table)
     bare = write_slide(tmp_path / "bare.svs", picture(512, 384), description="")
     with pytest.raises(MissingPixelSizeError):
         new_crop("c", bare, centre=(200, 140), side_um=50, labels=["nuclei"])
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"size": (9, 9)}, r"of s\.svs of 9 x 9 px, this one is s\.svs of 512 x 384"),
+        ({"name": "t.svs"}, r"of t\.svs of 512 x 384 px, this one is s\.svs of"),
+        ({"mpp": 0.5}, r"with 0\.5 um a pixel of s\.svs, not with 0\.25"),
+    ],
+)
+def test_predictions_of_another_slide_are_refused(tmp_path, slide, other, words):
+    table = write_objects(tmp_path / "o.parquet", [("nucleus", square(150, 100))], **other)
+    with pytest.raises(DatasetError, match=words):
+        new_crop("c", slide, centre=(200, 140), side_um=50, labels=["nuclei"], objects=table)

@@ -130,8 +130,10 @@ def test_parts_are_kept_and_a_slide_is_one_patient(folder, slides):
 
 
 def test_slides_must_be_there_and_be_named(folder, slides, tmp_path, monkeypatch):
-    with pytest.raises(DatasetError, match="Name their folder with slides"):
+    with pytest.raises(DatasetError, match="A recipe says so: options"):
         read_dataset(folder)
+    with pytest.raises(DatasetError, match="NO_SUCH/slides' names an environment variable that is"):
+        read_dataset(folder, slides="$NO_SUCH/slides")
     monkeypatch.setenv("SOME_SLIDES", str(slides))
     assert read_dataset(folder, slides="$SOME_SLIDES").items[0].load().mpp == 0.5
     (tmp_path / "some").mkdir()
@@ -141,6 +143,27 @@ def test_slides_must_be_there_and_be_named(folder, slides, tmp_path, monkeypatch
         read_dataset(folder, mpp=0.5, slides=slides)
     with pytest.raises(DatasetError, match="context_um must be 0 or more"):
         read_dataset(folder, slides=slides, context_um=-1)
+    for wrong in (0, -0.5, float("nan"), float("inf")):
+        with pytest.raises(DatasetError, match="read_mpp must be more than 0"):
+            read_dataset(folder, slides=slides, read_mpp=wrong)
+
+
+def test_labels_choose_crops_and_heads(folder, slides):
+    data = read_dataset(folder, slides=slides, labels=["nuclei", "lumen"])
+    assert set(data.labels) == {"nuclei", "lumen"}
+    assert [item.name for item in data.items] == ["c", "d"]
+    data = read_dataset(folder, slides=slides, labels=["gland"])
+    every = read_crops_labels(folder, slides=slides).items[0].load()
+    own = data.items[0].load()
+    assert set(own.labels) == {"gland"}
+    assert (own.labels["gland"].ids == every.labels["gland"].ids).all()
+    assert [item.name for item in data.items] == ["c"]
+    for wrong in (["nucleus"], "nuclei", ["gland", "glands"]):
+        with pytest.raises(DatasetError, match="labels must be a list of some of nuclei, gland"):
+            read_dataset(folder, slides=slides, labels=wrong)
+    one = folder / "crops" / "d.geojson"
+    with pytest.raises(DatasetError, match=r"no crop has the labels \['gland'\], only \['lumen'\]"):
+        read_crops_labels(one, slides=slides, labels=["gland"])
 
 
 def test_what_does_not_fit_its_slide_is_refused(folder, slides, tmp_path):

@@ -49,8 +49,7 @@ def new_command(out: Path, overwrite: bool, slide_path: Path, **what: Any) -> No
         from wsi_pipeline.curation.start import new_crop
 
         _check_name(out)
-        if out.exists() and not overwrite:
-            raise click.ClickException(f"{out} is there already; --overwrite throws it away")
+        _check_free(out, overwrite)
         crop = new_crop(out.stem, slide_path, **what)
         write_crop(crop, out)
     click.echo(_summary(out, crop))
@@ -80,6 +79,10 @@ def draw_command(crop_path: Path, out: Path, slides: Path, **how: Any) -> None: 
         from wsi_pipeline.curation.crops import read_crop
         from wsi_pipeline.curation.overlay import Look, draw_crop, find_slide
 
+        if out.suffix.lower() != ".png":
+            raise click.ClickException(f"a picture's file ends in .png, not {out.name}")
+        if out.exists() and out.samefile(crop_path):
+            raise click.ClickException(f"{out} is the crop itself")
         crop = read_crop(crop_path)
         draw_crop(crop, find_slide(crop, slides), out, Look(**how))
     click.echo(str(out))
@@ -90,7 +93,10 @@ def draw_command(crop_path: Path, out: Path, slides: Path, **how: Any) -> None: 
 @click.argument("corrections", type=_FILE)
 @click.option("--by", required=True, help="Who corrected.")
 @click.option("--out", "-o", type=_OUT, help="The next round.  [default: in place of CROP]")
-def apply_command(crop_path: Path, corrections: Path, by: str, out: Path | None) -> None:
+@click.option("--overwrite", is_flag=True, help="Throw away another crop that is in --out.")
+def apply_command(
+    crop_path: Path, corrections: Path, by: str, out: Path | None, overwrite: bool
+) -> None:
     """Correct CROP.geojson by the verbs in the text CORRECTIONS.
 
     \b
@@ -109,7 +115,9 @@ def apply_command(crop_path: Path, corrections: Path, by: str, out: Path | None)
 
         target = out or crop_path
         _check_name(target)
-        text = corrections.read_text(encoding="utf-8")
+        if not (target.exists() and target.samefile(crop_path)):
+            _check_free(target, overwrite)
+        text = corrections.read_text(encoding="utf-8-sig")
         after = apply_corrections(read_crop(crop_path), text, by=by)
         write_crop(after.crop.renamed(target.stem), target)
     for note in after.notes:
@@ -120,18 +128,39 @@ def apply_command(crop_path: Path, corrections: Path, by: str, out: Path | None)
 @annotate_command.command("check")
 @click.argument("folder", type=_FOLDER)
 @click.option("--slides", type=_FOLDER, help="Folder of the slides, to compare their sizes.")
-def check_command(folder: Path, slides: Path | None) -> None:
+@click.option(
+    "--mpp",
+    "sizes",
+    multiple=True,
+    metavar="SLIDE=UM",
+    help="Micrometres per level-0 pixel of a slide that says wrong ones; repeat at will.",
+)
+def check_command(folder: Path, slides: Path | None, sizes: tuple[str, ...]) -> None:
     """Check all crops of FOLDER, alone and together, and count their objects."""
     with plain_errors():
         from wsi_pipeline.curation.checking import check_crops
 
-        for line in check_crops(folder, slides):
+        if sizes and slides is None:
+            raise click.UsageError("--mpp is of the slides in --slides")
+        for line in check_crops(folder, slides, mpp=_pixel_sizes(sizes)):
             click.echo(line)
+
+
+def _pixel_sizes(values: tuple[str, ...]) -> dict[str, float]:
+    try:
+        return {name: float(mpp) for name, mpp in (value.rsplit("=", 1) for value in values)}
+    except ValueError as error:
+        raise click.UsageError(f"--mpp wants SLIDE=UM, not {', '.join(values)}") from error
 
 
 def _check_name(path: Path) -> None:
     if path.suffix != ".geojson":
-        raise click.ClickException(f"a crop's file ends in .geojson, not {path.name}")
+        raise click.ClickException(f"a crop's file is named NAME.geojson, not {path.name}")
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise click.ClickException(f"{path} is there already; --overwrite throws it away")
 
 
 def _summary(path: Path, crop: Any) -> str:  # noqa: ANN401 - a Crop, imported late

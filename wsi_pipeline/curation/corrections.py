@@ -18,7 +18,8 @@ what is drawn there is clipped. ``#`` begins a comment. The verbs::
     ignore-polygon x,y x,y x,y ... [LABEL]    a polygon of it, with straight edges
 
 Where a new outline (add, ellipse, redraw, kind) covers others of its kind, those give way, and
-one of which little is left goes. An outline that grows stops at its neighbours.
+one of which little is left goes. An outline that grows stops at its neighbours. Whatever got
+another outline is from then on by ``hand``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ from wsi_pipeline.errors import DatasetError
 __all__ = ["Corrected", "apply_corrections"]
 
 _HAND = "hand"
+_FARTHEST = 1e6
+"""Larger numbers are slips, and polygons of such a size break."""
+_LONGEST_ID = 9
+"""Digits."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 _POINT = re.compile(rf"({_NUMBER.pattern}),({_NUMBER.pattern})")
 
@@ -68,7 +73,7 @@ def apply_corrections(crop: Crop, text: str, *, by: str) -> Corrected:
         DatasetError: lines that cannot be applied, each with its number and reason; then
             nothing is applied.
     """
-    board, counts = Board(crop), dict.fromkeys(_VERBS, 0)
+    board, counts = Board(crop, source=_HAND), dict.fromkeys(_VERBS, 0)
     wrong: list[str] = []
     notes: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -236,12 +241,14 @@ def _put_new(board: Board, kind: str, shape: shapely.Polygon, label: str | None 
 def _number(word: str) -> float:
     if not _NUMBER.fullmatch(word):
         raise DatasetError(f"{word!r} is no number")
+    if abs(float(word)) > _FARTHEST:
+        raise DatasetError(f"{word[:20]} is a larger number than {_FARTHEST:,.0f}")
     return float(word)
 
 
 def _id(word: str) -> int:
-    if not word.isdecimal():
-        raise DatasetError(f"{word!r} is no id")
+    if not word.isdecimal() or len(word) > _LONGEST_ID:
+        raise DatasetError(f"{word[:20]!r} is no id")
     return int(word)
 
 
@@ -274,7 +281,7 @@ def _points(board: Board, words: Sequence[str]) -> Points:
     for word in words:
         if not _POINT.fullmatch(word):
             raise DatasetError(f"{word!r} is no point; one is written x,y without a space")
-        found.append([float(part) for part in word.split(",")])
+        found.append([_number(part) for part in word.split(",")])
     return board.crop.grid.to_level0(np.array(found, np.float64).reshape(-1, 2))
 
 

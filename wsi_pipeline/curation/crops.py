@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import shapely
+import shapely.errors
 import shapely.geometry
 
 from wsi_pipeline.durable import durable_file
@@ -57,6 +58,18 @@ _OVERLAP_UM2 = 1.0
 """What two objects of one kind may share: roundings, not mistakes."""
 _DECIMALS = 1
 """Of coordinates, in level-0 pixels."""
+_UNREADABLE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    TypeError,
+    ValueError,
+    shapely.errors.ShapelyError,
+)
+"""What members of another kind than a crop's lead to."""
+_TEXTS = ("id", "slide", "part", "tissue", "note", "licence")
+"""What a crop says in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +195,7 @@ def read_crop(path: Path) -> Crop:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} cannot be read as a crop: {error}") from error
     if not isinstance(data, dict) or not isinstance(data.get("crop"), dict):
         msg = "has no member 'crop': it is no crop, or a program that wrote it left that out"
@@ -191,7 +204,7 @@ def read_crop(path: Path) -> Crop:
         crop = _crop(data)
     except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise DatasetError(f"{path} is not laid out as a crop: {error!r}") from error
     if crop.id != path.stem:
         raise DatasetError(
@@ -251,10 +264,13 @@ def _crop(data: Mapping[str, Any]) -> Crop:
     unknown = sorted(set(about) - {field.name for field in fields(Crop)} - {"outlines"})
     if unknown:
         raise DatasetError(f"the member 'crop' has unknown keys {unknown}")
+    for key in _TEXTS:
+        if not isinstance(about.get(key, ""), str):
+            raise DatasetError(f"{key} must be text, not {about[key]!r}")
     outlines = tuple(_outline(feature) for feature in data["features"])
-    x0, y0, x1, y1 = (int(edge) for edge in about.pop("box"))
-    width, height = (int(length) for length in about.pop("slide_size"))
-    next_id = int(about.pop("next_id", 1 + max((o.id for o in outlines), default=0)))
+    x0, y0, x1, y1 = (_whole(edge, "an edge of the box") for edge in about.pop("box"))
+    width, height = (_whole(side, "the slide's size") for side in about.pop("slide_size"))
+    next_id = about.pop("next_id", 1 + max((o.id for o in outlines), default=0))
     return Crop(
         **{
             **about,
@@ -264,14 +280,24 @@ def _crop(data: Mapping[str, Any]) -> Crop:
         },
         box=Box.from_edges(x0, y0, x1, y1),
         slide_size=(width, height),
-        next_id=next_id,
+        next_id=_whole(next_id, "next_id"),
         outlines=tuple(sorted(outlines, key=lambda outline: outline.id)),
     )
 
 
+def _whole(value: object, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DatasetError(f"{what} must be a whole number, not {value!r}")
+    return value
+
+
 def _outline(feature: Mapping[str, Any]) -> Outline:
     about = feature["properties"]
-    number, kind = int(about["id"]), about["kind"]
+    missing = [key for key in ("kind", "id", "from") if key not in about]
+    if missing:
+        msg = f"an object has no {' and no '.join(missing)}: another program wrote or changed it"
+        raise DatasetError(f"{msg}; crops are corrected with wsi annotate apply")
+    number, kind = _whole(about["id"], "an object's id"), about["kind"]
     shape = feature["geometry"]
     if shape["type"] != "Polygon":
         msg = (
@@ -311,8 +337,10 @@ def _head_problems(crop: Crop) -> Iterator[str]:
         yield f"labels must be some of {', '.join(HEADS)}, each once, not {list(crop.labels)}"
     if crop.part not in PARTS:
         yield f"part must be {' or '.join(PARTS)}, not {crop.part!r}"
-    if "/" in crop.slide or "\\" in crop.slide:
+    if crop.slide in ("", ".", "..") or "/" in crop.slide or "\\" in crop.slide:
         yield f"slide must be a file name without folders, not {crop.slide!r}"
+    if not crop.licence:
+        yield "it has no licence"
     if [entry.round for entry in crop.history] != list(range(len(crop.history))):
         yield "the rounds of its history must be 0, 1, 2, ..."
 

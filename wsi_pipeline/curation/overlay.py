@@ -40,6 +40,7 @@ _LETTERS_PX = 12
 _MIN_TICK_PX = 5
 """Closer ticks are left out."""
 _MOST_PX = 6000
+_ZOOMS = (0.1, 100.0)
 _EDGE: Rgb = (0, 0, 0)
 _GRID_SHARE = 0.25
 _HATCH_PX = 14
@@ -129,8 +130,12 @@ def draw_crop(crop: Crop, slide_path: Path, out: Path, look: Look | None = None)
 def _view(crop: Crop, look: Look) -> _View:
     width, height = crop.box.width / crop.scale, crop.box.height / crop.scale
     around = (-look.context, -look.context, width + look.context, height + look.context)
+    if not 0 <= look.context < math.inf:
+        raise DatasetError(f"the context must be 0 pixels or more, not {look.context}")
+    if look.zoom is not None and not _ZOOMS[0] <= look.zoom <= _ZOOMS[1]:
+        raise DatasetError(f"the zoom must be from {_ZOOMS[0]:g} to {_ZOOMS[1]:g}, not {look.zoom}")
     x0, y0, x1, y1 = look.region or around
-    if x0 >= x1 or y0 >= y1:
+    if not (-math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf):
         raise DatasetError(f"a part is x0 y0 x1 y1 with x0 < x1 and y0 < y1, not {look.region}")
     panels = 2 if look.plain == "beside" else 1
     room = _LONG_SIDE_PX - 2 * _RULER_PX

@@ -7,6 +7,7 @@ is left of it or of its neighbours, slivers go and pieces become objects of thei
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import shapely
@@ -35,9 +36,15 @@ Points = NDArray[np.float64]
 class Board:
     """The outlines of a crop while they are corrected."""
 
-    def __init__(self, crop: Crop) -> None:
-        """Take the outlines of a crop, which stays as it is."""
+    def __init__(self, crop: Crop, *, source: str) -> None:
+        """Take the outlines of a crop.
+
+        Args:
+            crop: stays as it is.
+            source: whose outline one is that had to give way: of who puts others in.
+        """
         self.crop = crop
+        self.source = source
         self.outlines = {outline.id: outline for outline in crop.outlines}
         self.next_id = crop.next_id
         self.notes: list[str] = []
@@ -104,20 +111,14 @@ class Board:
             del self.outlines[other.id]
             self.notes.append(f"object {other.id} was replaced: little of it was left uncovered")
             return
-        self._settle(other, pieces)
+        self._settle(replace(other, source=self.source), pieces)
 
     def _settle(self, outline: Outline, pieces: Sequence[shapely.Polygon]) -> None:
         for number, piece in enumerate(pieces):
             own = outline.id if number == 0 else self.new_id()
             if number:
                 self.notes.append(f"object {outline.id} fell apart; a piece of it is {own} now")
-            self.outlines[own] = Outline(
-                id=own,
-                kind=outline.kind,
-                polygon=piece,
-                source=outline.source,
-                label=outline.label,
-            )
+            self.outlines[own] = replace(outline, id=own, polygon=piece)
 
     def _pieces(self, shape: shapely.Geometry) -> list[shapely.Polygon]:
         """Return the pieces that are no slivers, the largest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,6 +16,7 @@ from wsi_pipeline.curation.pieces import Board, polygons_of
 from wsi_pipeline.errors import DatasetError, TableError
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.slide import Slide
+from wsi_pipeline.slide.planes import MPP_TOLERANCE
 from wsi_pipeline.table import read_metadata, read_objects
 
 __all__ = ["box_around", "new_crop", "predicted_outlines"]
@@ -24,7 +26,13 @@ _SMOOTH = 0.25
 
 
 def box_around(centre: tuple[float, float], side_um: float, mpp: float) -> Box:
-    """Return the square of level-0 pixels around a place."""
+    """Return the square of level-0 pixels around a place.
+
+    Raises:
+        DatasetError: a number that is not finite, or a side that is not longer than 0.
+    """
+    if not np.isfinite([*centre, side_um]).all() or side_um <= 0:
+        raise DatasetError(f"there is no square of {side_um} um around {centre}")
     side = round(side_um / mpp)
     x, y = (round(middle - side / 2) for middle in centre)
     return Box(x=x, y=y, width=side, height=side)
@@ -60,15 +68,15 @@ def new_crop(
         by: who begins.
 
     Raises:
-        DatasetError: a square that leaves the slide, or unknown labels.
+        DatasetError: a square that leaves the slide, unknown labels, or a table that is of
+            another slide or of another pixel size.
         SlideError: the slide cannot be read, or does not say its pixel size.
-        TableError: the table cannot be read, or is another slide's.
+        TableError: the table cannot be read, or does not say what it is of.
     """
     with Slide.open(slide_path, mpp=mpp) as slide:
         size, pixel = slide.size, slide.pixel_size
     own_mpp = round((pixel.x * pixel.y) ** 0.5, 6)
     box = box_around(centre, side_um, own_mpp)
-    how = "nothing drawn" if objects is None else f"predictions of {_model(objects, size)}"
     crop = Crop(
         id=crop_id,
         slide=slide_path.name,
@@ -79,12 +87,12 @@ def new_crop(
         part=part,
         tissue=tissue,
         note=note,
-        history=(Round(round=0, by=by, how=how),),
     )
     if objects is None:
-        return crop
+        return replace(crop, history=(Round(round=0, by=by, how="nothing drawn"),))
     outlines = predicted_outlines(crop, objects)
-    return crop.with_outlines(outlines, next_id=len(outlines) + 1)
+    first = Round(round=0, by=by, how=f"predictions of {_model(objects, crop)}")
+    return crop.with_outlines(outlines, next_id=len(outlines) + 1, history=(first,))
 
 
 def predicted_outlines(crop: Crop, objects: Path) -> tuple[Outline, ...]:
@@ -96,12 +104,16 @@ def predicted_outlines(crop: Crop, objects: Path) -> tuple[Outline, ...]:
 
     Returns:
         Outlines in reading order.
+
+    Raises:
+        DatasetError: it is of another slide, or of another pixel size.
+        TableError: it cannot be read, or does not say what it is of.
     """
+    source = f"model {_model(objects, crop)}"
     box = crop.box
     rows = read_objects(objects, bbox=(box.x, box.y, box.x1, box.y1), columns=["kind"])
     rows = rows[rows["kind"].isin(crop.kinds)]
-    board = Board(replace(crop, outlines=()))
-    source = f"model {_model(objects, crop.slide_size)}"
+    board = Board(replace(crop, outlines=()), source=source)
     shapes = [_unstepped(shape, crop.scale) for shape in rows.geometry]
     # the largest first: of two that overlap, the smaller keeps its pixels
     for index in np.argsort(-shapely.area(np.array(shapes, object)), kind="stable"):
@@ -138,15 +150,20 @@ def _unstepped(shape: shapely.Geometry, pixel: float) -> shapely.Geometry:
     return joined if joined.is_valid else joined.buffer(0)
 
 
-def _model(objects: Path, size: tuple[int, int]) -> str:
-    """Return the name of the model behind a table, which must be of a slide of this size."""
+def _model(objects: Path, crop: Crop) -> str:
+    """Return the name of the model behind a table, which must be of the crop's slide."""
     metadata = read_metadata(objects)
     try:
-        slide, name = metadata["slide"], str(metadata["model"]["name"])
-        found = int(slide["width"]), int(slide["height"])
-    except (KeyError, TypeError) as error:
+        slide, pixel = metadata["slide"], metadata["pixel_size_um"]
+        name = str(metadata["model"]["name"])
+        found = str(slide["name"]), (int(slide["width"]), int(slide["height"]))
+        mpp = math.sqrt(pixel["x"] * pixel["y"])
+    except (KeyError, TypeError, ValueError) as error:
         raise TableError(f"{objects} does not say which slide and model it is of") from error
-    if found != tuple(size):
-        msg = "{} is of a slide of {} x {} px, this one has {} x {} px"
-        raise DatasetError(msg.format(objects, *found, *size))
+    if found != (crop.slide, crop.slide_size):
+        msg = "{} is of {} of {} x {} px, this one is {} of {} x {} px"
+        raise DatasetError(msg.format(objects, found[0], *found[1], crop.slide, *crop.slide_size))
+    if abs(mpp / crop.mpp - 1) > MPP_TOLERANCE:
+        msg = "{} was made with {:g} um a pixel of {}, not with {:g}; one of them is wrong"
+        raise DatasetError(msg.format(objects, mpp, crop.slide, crop.mpp))
     return name

@@ -112,7 +112,7 @@ class LabelRule:
             msg = (
                 f"label {self.label!r}: the classes {strange} are none of head "
                 f"{self.head.name!r}, which has {list(self.head.classes)}; map each to one of "
-                f'those, or to "ignore"'
+                f'those, or to "ignore", in the classes of a recipe\'s source'
             )
             raise RecipeError(msg)
         return table

@@ -70,24 +70,24 @@ def read_crops_labels(
         mpp: None: each crop says its slide's.
         slides: folder of the slides; may name environment variables, as in ``$WSI_DATA/slides``.
         labels: only the crops that are annotated for one of these heads, and only for these;
-            none: all. Lets one folder be two sources, each with its share of a batch.
+            none given: all. Lets one folder be two sources, each with its share of a batch.
         context_um: width of the border that is read around a crop, where the slide goes on.
         read_mpp: micrometres per pixel at which crops are read and drawn.
 
     Raises:
         DatasetError: no crops, one that is wrong, a slide that is not in the folder or is
-            not the crop's, or ``mpp`` given.
+            not the crop's, an option that makes no sense, or ``mpp`` given.
     """
     if mpp is not None:
         raise DatasetError(f"{folder}: mpp = {mpp} is not used; every crop says its own")
-    if slides is None:
-        raise DatasetError(f"{folder}: where are the slides? Name their folder with slides")
-    if context_um < 0:
+    if not 0 <= context_um < math.inf:
         raise DatasetError(f"{folder}: context_um must be 0 or more, not {context_um}")
+    if not 0 < read_mpp < math.inf:
+        raise DatasetError(f"{folder}: read_mpp must be more than 0, not {read_mpp}")
+    home = _home(folder, slides)
     crops = read_crops(folder / "crops" if (folder / "crops").is_dir() else folder)
-    home = Path(os.path.expandvars(slides))
     if labels:
-        crops = tuple(_only(crop, labels) for crop in crops if set(crop.labels) & set(labels))
+        crops = _only(crops, labels, folder)
     items = []
     for crop in crops:
         path = find_slide(crop, home)
@@ -99,8 +99,39 @@ def read_crops_labels(
     return Dataset(name="crops", path=folder, labels=heads, items=tuple(items))
 
 
-def _only(crop: Crop, labels: Collection[str]) -> Crop:
-    return replace(crop, labels=tuple(label for label in crop.labels if label in labels))
+def _home(folder: Path, slides: str | Path | None) -> Path:
+    """Return the folder of the slides."""
+    if slides is None:
+        msg = 'where are the slides? A recipe says so: options = { slides = "FOLDER" }'
+        raise DatasetError(f"{folder}: {msg}")
+    expanded = os.path.expandvars(slides)
+    if "$" in str(expanded):
+        msg = f"slides = {str(slides)!r} names an environment variable that is not set"
+        raise DatasetError(f"{folder}: {msg}")
+    return Path(expanded)
+
+
+def _only(crops: tuple[Crop, ...], labels: Collection[str], folder: Path) -> tuple[Crop, ...]:
+    """Return the crops that are annotated for a head, and these heads alone of each."""
+    if isinstance(labels, str) or set(labels) - set(HEADS):
+        msg = f"labels must be a list of some of {', '.join(HEADS)}, not {labels!r}"
+        raise DatasetError(f"{folder}: {msg}")
+    found = tuple(_of(crop, labels) for crop in crops if set(crop.labels) & set(labels))
+    if not found:
+        have = sorted({label for crop in crops for label in crop.labels})
+        raise DatasetError(f"{folder}: no crop has the labels {list(labels)}, only {have}")
+    return found
+
+
+def _of(crop: Crop, labels: Collection[str]) -> Crop:
+    own = tuple(label for label in crop.labels if label in labels)
+    kinds, regions = {HEADS[label] for label in own}, {None, *own}
+    outlines = tuple(
+        outline
+        for outline in crop.outlines
+        if outline.kind in kinds or (outline.kind == IGNORE and outline.label in regions)
+    )
+    return replace(crop, labels=own, outlines=outlines)
 
 
 def _load(plan: _Plan) -> AnnotatedImage:
