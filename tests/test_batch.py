@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_pipeline.batch import collect_slides, freeze_run, parse_shard, read_run, take_shard
+from wsi_pipeline.describe import slide_states
 from wsi_pipeline.errors import JobError
+from wsi_pipeline.job import RunReport
 
 
 @pytest.fixture
@@ -166,6 +168,40 @@ def test_run_record_grows_with_slides_but_keeps_its_model(folder, tmp_path):
         freeze_run(tmp_path, entries, model=other, options={}, overwrite=False)
     freeze_run(tmp_path, entries, model=other, options={}, overwrite=True)
     assert read_run(tmp_path)["model"] == other
+
+
+def test_another_model_does_all_slides_again_or_none(folder, tmp_path):
+    entries = collect_slides([str(folder)])
+    model, other = ({"name": name, "sha256": name * 64} for name in "mn")
+    freeze_run(tmp_path, entries, model=model, options={}, overwrite=False)
+    before = (tmp_path / "run.json").read_bytes()
+    for some in (entries[:1], entries[1:]):
+        with pytest.raises(JobError, match=r"Of its slides \d would keep .*: (a|b, c)\."):
+            freeze_run(tmp_path, some, model=other, options={}, overwrite=True)
+    assert (tmp_path / "run.json").read_bytes() == before
+    freeze_run(tmp_path, entries[:1], model=model, options={}, overwrite=True)
+    freeze_run(tmp_path, entries, model=other, options={}, overwrite=True)
+    assert read_run(tmp_path)["model"] == other
+
+
+def test_what_another_model_did_is_not_done(folder, tmp_path):
+    """Two shards do a folder again by another model; the first has ended."""
+    entries = collect_slides([str(folder)])
+    model, other = ({"name": name, "sha256": name * 64} for name in "mn")
+
+    def report(slide_id, own, status="done"):
+        path = tmp_path / "reports" / f"{slide_id}.json"
+        RunReport(slide_id=slide_id, path="", job_id="", status=status, model=own).write(path)
+
+    freeze_run(tmp_path, entries, model=model, options={}, overwrite=False)
+    for slide_id, status in (("a", "done"), ("b", "done"), ("c", "failed")):
+        report(slide_id, model, status)
+    assert [own.state for own in slide_states(tmp_path)] == ["done", "done", "failed"]
+    freeze_run(tmp_path, entries, model=other, options={}, overwrite=True)
+    report("a", other)
+    states = slide_states(tmp_path)
+    assert [own.state for own in states] == ["done", "missing", "missing"]
+    assert "of model m;" in states[1].reason
 
 
 def test_the_same_call_leaves_the_record_alone(folder, tmp_path):

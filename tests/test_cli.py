@@ -284,6 +284,10 @@ def test_info_knows_slides_tables_maps_and_models(slides, finished):
     output = invoke(wsi, "info", ROOT / "models" / "stain-baseline").output
     assert "head       lumen (instance, stride 2)" in output
     assert "weights    0.0 MiB in 1 files" in output
+    assert invoke(wsi, "info", "stain-baseline").output == output
+    result = invoke(wsi, "info", "no-such-model")
+    assert result.exit_code == 2
+    assert "no-such-model" in result.output
     result = invoke(wsi, "info", slides)
     assert result.exit_code == 2
     assert "neither a model bundle" in result.output

@@ -144,28 +144,23 @@ def freeze_run(
     """Write ``run.json``, or check that this call belongs to the run that is there.
 
     More slides may be added, and a slide may be given another pixel size or mask; another
-    model is refused, because the folder's tables would no longer be comparable. Of shards that
-    begin a run together, one decides on the model.
+    model is refused, because the folder's tables would no longer be comparable, unless all its
+    slides are done again. Of shards that begin a run together, one decides on the model.
 
     Args:
         out: the results folder.
-        entries: the slides of this call.
+        entries: the slides of this call, those of other shards included.
         model: ``name``, ``sha256``, and ``folder`` if it is not in the zoo.
         options: how it is run; they are noted, not compared.
         overwrite: the slides are done again, by whatever model.
 
     Raises:
-        JobError: the folder belongs to another model and ``overwrite`` is not set.
+        JobError: the folder belongs to another model, and ``overwrite`` is not set or ``entries``
+            lack some of its slides.
     """
     before = read_run(out)
-    if before is not None and before["model"]["sha256"] != model["sha256"] and not overwrite:
-        there, now = before["model"], model
-        msg = (
-            f"{out} holds results of model {there['name']} ({there['sha256'][:12]}), and this "
-            f"run uses {now['name']} ({now['sha256'][:12]}). Use another --out, or --overwrite "
-            "to do its slides again."
-        )
-        raise JobError(msg)
+    if before is not None and before["model"]["sha256"] != model["sha256"]:
+        _require_all_again(out, before, entries, model, overwrite=overwrite)
     slides = {slide["slide_id"]: slide for slide in (before or {}).get("slides", [])}
     slides.update({entry.slide_id: asdict(entry) for entry in entries})
     content = {
@@ -203,6 +198,34 @@ def read_run(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, AttributeError) as error:
         raise JobError(f"{path} cannot be read ({error}); use another --out") from error
     return content
+
+
+def _require_all_again(
+    out: Path,
+    before: Mapping[str, Any],
+    entries: Sequence[SlideEntry],
+    model: Mapping[str, str],
+    *,
+    overwrite: bool,
+) -> None:
+    """Refuse to do only some of a folder's slides again, by another model than the others."""
+    there = before["model"]
+    said = (
+        f"{out} holds results of model {there['name']} ({there['sha256'][:12]}), and this run "
+        f"uses {model['name']} ({model['sha256'][:12]}). "
+    )
+    if not overwrite:
+        raise JobError(f"{said}Use another --out, or --overwrite to do its slides again.")
+    named = {entry.slide_id for entry in entries}
+    others = [str(slide["slide_id"]) for slide in before["slides"]]
+    others = [slide_id for slide_id in others if slide_id not in named]
+    if others:
+        some = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        msg = (
+            f"{said}Of its slides {len(others)} would keep what the other model found: {some}. "
+            "Name them too, so that all are done again, or use another --out."
+        )
+        raise JobError(msg)
 
 
 def _claim(beside: Path, path: Path) -> None:

@@ -219,7 +219,7 @@ def status(folder: Path) -> None:
 @click.argument("file", type=str)
 @click.option("--mpp", type=float, help="Pixel size, where a slide does not say it.")
 def info(file: str, mpp: float | None) -> None:
-    """Say what FILE is: a slide, a table, a store of maps or a model; its mpp and provenance."""
+    """Say what FILE is: a slide, table, store of maps or model (its name will do); its mpp."""
     from wsi_pipeline.describe import describe_file
 
     with plain_errors():

@@ -24,9 +24,9 @@ class SlideState:
     slide_id: str
     """Which slide."""
     state: str
-    """``done``, ``failed``, ``interrupted`` or ``missing`` (never begun)."""
+    """``done``, ``failed``, ``interrupted`` or ``missing`` (never begun with the run's model)."""
     reason: str = ""
-    """Why it failed."""
+    """Why it failed, or whose results are there instead."""
 
 
 def slide_states(folder: Path) -> list[SlideState]:
@@ -38,7 +38,8 @@ def slide_states(folder: Path) -> list[SlideState]:
     content = read_run(folder)
     if content is None:
         raise JobError(f"{folder} holds no run.json, so it is no results folder")
-    return [_state_of(folder, str(slide["slide_id"])) for slide in content["slides"]]
+    digest = str(content["model"]["sha256"])
+    return [_state_of(folder, str(slide["slide_id"]), digest) for slide in content["slides"]]
 
 
 def plan_lines(plan: Plan, shard: str | None) -> Iterator[str]:
@@ -56,7 +57,9 @@ def plan_lines(plan: Plan, shard: str | None) -> Iterator[str]:
                 mpp, source = f"{slide.pixel_size.x:.4g}", slide.pixel_size.source
         except WsiPipelineError as error:
             size, mpp, source = "-", "-", error.code
-        state = "done" if finished_report(job) else _state_of(plan.out, job.slide_id).state
+        state = "done"
+        if not finished_report(job):
+            state = _state_of(plan.out, job.slide_id, job.model_digest).state
         yield f"{job.slide_id}\t{size}\t{mpp}\t{source}\t{state}\t{index}/{count}"
     yield f"{len(plan.jobs)} of {len(plan.entries)} slides, model {plan.bundle.spec.name}"
 
@@ -64,10 +67,16 @@ def plan_lines(plan: Plan, shard: str | None) -> Iterator[str]:
 def describe_file(name: str, *, mpp: float | None = None) -> list[str]:
     """Say what a file or folder is, its pixel size and its provenance.
 
+    Args:
+        name: of a file or folder; where there is none, of a model in the zoo.
+        mpp: pixel size of a slide that does not say it.
+
     Raises:
         WsiPipelineError: it is none of ours and no slide either.
     """
     path = Path(name)
+    if not path.exists() and path.name == name:
+        path = _in_zoo(name) or path
     if (path / "spec.json").is_file():
         return list(_describe_bundle(path))
     if (path / "zarr.json").is_file():
@@ -80,14 +89,24 @@ def describe_file(name: str, *, mpp: float | None = None) -> list[str]:
     return list(_describe_slide(name, mpp))
 
 
-def _state_of(folder: Path, slide_id: str) -> SlideState:
+def _state_of(folder: Path, slide_id: str, model_digest: str) -> SlideState:
     paths = SlideJob(path="", slide_id=slide_id, out=folder, model_name="", model_digest="")
     report = read_report(paths.report_path)
+    if report is not None and report.model.get("sha256", model_digest) != model_digest:
+        reason = f"what is there is of model {report.model.get('name')}; run it again"
+        return SlideState(slide_id=slide_id, state="missing", reason=reason)
     if report is not None:
         return SlideState(slide_id=slide_id, state=report.status, reason=report.reason)
     # Killed without a word: there are maps, but no claim that the slide is done.
     begun = partial_path(paths.maps_path).exists() or paths.maps_path.exists()
     return SlideState(slide_id=slide_id, state="interrupted" if begun else "missing")
+
+
+def _in_zoo(name: str) -> Path | None:
+    """Return the folder of a model in the zoo; None where none has this name."""
+    from wsi_pipeline.bundle import list_bundles
+
+    return next((own.path for own in list_bundles() if own.path.name == name), None)
 
 
 def _describe_slide(name: str, mpp: float | None) -> Iterator[str]:
