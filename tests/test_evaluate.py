@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -246,6 +247,19 @@ def test_the_pipelines_outlines_come_back_as_the_same_pixels(seed, share):
     assert len(pairs) == labels.max()
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_polygon_holds_the_pixels_whose_centres_it_holds(seed):
+    rng = np.random.default_rng(seed)
+    blot = shapely.union_all(
+        shapely.buffer(shapely.points(rng.uniform(-5, 35, (6, 2))), rng.uniform(2, 9, 6))
+    )
+    blot -= shapely.buffer(shapely.points(*rng.uniform(5, 25, 2)), 3)
+    x, y = np.meshgrid(np.arange(31) + 0.5, np.arange(23) + 0.5)
+    found = fill_polygons(np.array([blot]), (23, 31))
+    np.testing.assert_array_equal(found == 1, shapely.contains_xy(blot, x, y))
+
+
 def test_polygons_beyond_the_image_are_cut():
     ids = fill_polygons(
         np.array([shapely.box(-3, -3, 2, 2), shapely.box(8, 8, 20, 20), shapely.box(30, 0, 40, 5)]),
@@ -461,6 +475,40 @@ def test_of_a_recipe_the_validation_images_are_meant(bundle, tmp_path):
     assert score_bundle(bundle, recipe, part="train", resamples=0).images == 3
     with pytest.raises(DatasetError, match="no source has a part 'test'"):
         score_bundle(bundle, recipe, part="test", resamples=0)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "judged", "part", "flatters"),
+    [
+        ("", "", None, False),
+        ("", "", "validation", False),
+        ("", "", "train", True),
+        ("", "", "all", True),
+        ("split = false", "", None, True),  # it learnt from what validates here
+        ("", "split = false", "train", True),
+        ("[split]\nseed = 1", "", None, True),
+        ("[split]\nseed = 1", "[split]\nseed = 1", None, False),
+        ("[split]\nvalidation = 0.2", "", None, False),  # as is the default
+    ],
+)
+def test_a_recipe_flatters_where_its_images_were_learnt_from(
+    bundle, tmp_path, caplog, learnt, judged, part, flatters
+):
+    own = tmp_path / "own"
+    shutil.copytree(bundle, own)
+    data = write_discs(tmp_path / "data", 5)
+    text = '[[source]]\nlayout = "plain"\npath = "{}"\n{}\n'
+    (own / "train.toml").write_text(text.format("elsewhere/data", learnt))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text.format(data, judged))
+    about = score_bundle(own, recipe, part=part, at_most=1, resamples=0).about
+    assert about["learnt_from_this_folder"] is flatters
+    assert ("these scores flatter" in caplog.text) is flatters
+    recipe.write_text(text.format(write_discs(tmp_path / "others", 5), ""))
+    about = score_bundle(own, recipe, part="train", at_most=1, resamples=0).about
+    assert about["learnt_from_this_folder"] is False
+    about = score_bundle(own, data, at_most=1, resamples=0).about
+    assert about["learnt_from_this_folder"] is True
 
 
 def test_an_object_in_two_pieces_is_one():

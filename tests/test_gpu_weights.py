@@ -49,6 +49,9 @@ def call(recipe, folder, *arguments):
 
 def test_the_wide_network_learns_from_what_the_narrow_one_did():
     wide, narrow = (tomllib.loads(path.read_text()) for path in (OPEN, LITE))
+    # of the pseudo-labels the narrow one set a slide's aside
+    (wider,) = [source for source in wide["source"] if "split" in source]
+    assert (wider["path"], wider.pop("split")) == ("$PSEUDO", False)
     assert wide["source"] == narrow["source"]
     assert wide["model"]["heads"] == narrow["model"]["heads"]
     assert wide["heads"] == narrow["heads"]

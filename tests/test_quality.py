@@ -1,7 +1,9 @@
 """The command that judges a bundle: its scores against scores by hand, and what it leaves out."""
 
 import json
-from dataclasses import replace
+import shutil
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from scipy import ndimage
 from skimage.measure import label as components
 from skimage.measure import regionprops
 
+from benchmarks.quality import __main__ as quality_command
 from benchmarks.quality import sets as quality_sets
 from benchmarks.quality.consistency import compare_maps
 from benchmarks.quality.failures import count_failures
@@ -25,10 +28,11 @@ from benchmarks.quality.measures import (
 )
 from benchmarks.quality.pictures import draw_cases
 from benchmarks.quality.report import markdown
-from benchmarks.quality.sets import PLANS, ImageSet, Plan, standing
-from benchmarks.quality.sweep import grids, sweep
-from wsi_pipeline.bundle import find_bundle
+from benchmarks.quality.sets import CROPS_PLAN, PLANS, ImageSet, Plan, standing
+from benchmarks.quality.sweep import grids, sweep, write_rules
+from wsi_pipeline.bundle import find_bundle, open_bundle
 from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.golden import check_golden, read_golden
 from wsi_pipeline.instances.extract import outline_polygons
 from wsi_pipeline.metrics import compare
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
@@ -421,6 +425,39 @@ def test_what_an_earlier_stage_learnt_from_counts(tmp_path, monkeypatch):
     assert standing(plans["kather"], [second, first]) == "learnt from"
 
 
+OWN_CROPS = """
+[[source]]
+layout = "crops"
+path = "../../annotations"
+[[source]]
+layout = "crops"
+path = "$PSEUDO"
+split = {}
+"""
+
+
+def test_crops_of_others_are_not_the_own_ones(tmp_path, monkeypatch):
+    recipe = tmp_path / "train.toml"
+    for pseudo in ("$PSEUDO", str(tmp_path / "pseudo")):
+        monkeypatch.setenv("PSEUDO", pseudo)
+        for split in ("false", "true"):
+            recipe.write_text(OWN_CROPS.format(split))
+            assert standing(CROPS_PLAN, [recipe]) == "held out"
+    for own in ("annotations", "annotations/crops", "a/annotations/crops/one.geojson"):
+        monkeypatch.setenv("PSEUDO", own)
+        recipe.write_text(OWN_CROPS.format("false"))
+        assert standing(CROPS_PLAN, [recipe]) == "learnt from"
+        assert standing(replace(CROPS_PLAN, folder="copy"), [recipe]) == "learnt from"
+    recipe.write_text('[[source]]\npath = "copy"\nsplit = false\n')  # the layout is recognised
+    assert standing(replace(CROPS_PLAN, folder="copy"), [recipe]) == "learnt from"
+    assert standing(CROPS_PLAN, [recipe]) == "never seen"
+
+
+def test_the_wide_network_keeps_the_own_validation_crops_apart():
+    recipe = Path(__file__).parent.parent / "workflows" / "weights" / "open.toml"
+    assert standing(CROPS_PLAN, [recipe]) == "held out"
+
+
 def test_what_is_missing_is_left_out(tmp_path, caplog):
     found = quality_sets.open_sets(SPEC, data=tmp_path, annotations=tmp_path, recipes=[], fast=True)
     assert found == []
@@ -458,6 +495,59 @@ def test_a_sweep_finds_the_threshold_that_parts_touching_nuclei():
     assert found["best"]["pq"]["dsb2018"] > 0.7
     assert found["gain"]["low"] > 0.7
     assert found["images"] == {"dsb2018": 6}
+
+
+def copied(tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(find_bundle("stain-baseline").path, folder)
+    return open_bundle(folder)
+
+
+def test_swept_rules_go_into_the_bundle_and_nothing_else_changes(tmp_path):
+    bundle = copied(tmp_path)
+    (bundle.path / "golden.json").unlink()
+    before = {path.name: path.read_bytes() for path in bundle.path.iterdir()}
+    present = bundle.spec.head("gland").rules
+    best = replace(present, inner_threshold=0.61, grow_um=3.25)
+    changed = write_rules(bundle, {"gland": {"best": {"rules": asdict(best)}}})
+    assert changed.digest != bundle.digest
+    assert changed.spec.head("gland").rules == best
+    assert changed.spec.head("nuclei") == bundle.spec.head("nuclei")
+    after = {path.name: path.read_bytes() for path in bundle.path.iterdir()}
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {"spec.json"}
+    again = write_rules(changed, {"gland": {"best": {"rules": asdict(present)}}})
+    assert (again.path / "spec.json").read_bytes() == before["spec.json"]
+
+
+def test_golden_tiles_follow_the_rules(tmp_path):
+    bundle = copied(tmp_path)
+    assert check_golden(bundle, device="cpu", precision="fp32") == []
+    rules = asdict(replace(bundle.spec.head("nuclei").rules, min_area_um2=40.0))
+    changed = write_rules(bundle, {"nuclei": {"best": {"rules": rules}}})
+    assert check_golden(changed, device="cpu", precision="fp32") == []
+    counts = [read_golden(own)["tiles"]["tissue"]["objects"] for own in
+              (find_bundle("stain-baseline"), changed)]  # fmt: skip
+    assert counts[0]["nucleus"] > counts[1]["nucleus"] > 0
+
+
+def test_the_command_writes_what_it_swept(tmp_path, monkeypatch, capsys):
+    bundle = copied(tmp_path)
+    best = asdict(replace(bundle.spec.head("gland").rules, grow_um=3.25))
+    monkeypatch.setattr(
+        quality_command, "sweep", lambda *_, **__: {"gland": {"best": {"rules": best}}}
+    )
+    words = ["quality", str(bundle.path), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*words, "--sweep"])
+    quality_command.main()
+    assert open_bundle(bundle.path).digest == bundle.digest
+    monkeypatch.setattr(sys, "argv", [*words, "--sweep", "--write"])
+    quality_command.main()
+    assert open_bundle(bundle.path).spec.head("gland").rules.grow_um == 3.25
+    monkeypatch.setattr(sys, "argv", [*words, "--write"])
+    with pytest.raises(SystemExit):
+        quality_command.main()
+    assert "--sweep" in capsys.readouterr().err
 
 
 def test_the_present_rules_are_always_tried():

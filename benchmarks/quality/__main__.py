@@ -1,7 +1,7 @@
 """Judge a bundle on everything, for its card.
 
     python -m benchmarks.quality BUNDLE --data $WSI_DATA --annotations annotations --out DIR
-        [--baseline stain-baseline] [--recipes STAGE.toml ...] [--fast] [--sweep]
+        [--baseline stain-baseline] [--recipes STAGE.toml ...] [--fast] [--sweep [--write]]
 
 ``--recipes`` names the recipes of all stages, so that it is known what was learnt from; without it
 the bundle's own is read, and those of the bundles it started from, where they are.
@@ -10,7 +10,8 @@ DIR gets ``scores.json`` (all numbers, with 95 % intervals), ``scores.md`` (the 
 ``pictures/`` (good and bad cases, of sets whose pixels may be shown). The baseline is another
 bundle, whose scores are kept in ``baseline.json``, or such a file of an earlier run. ``--sweep``
 does something else: it tries other rules by which maps become objects, on images that may be
-tuned on, and writes ``sweep.json``.
+tuned on, and writes ``sweep.json``; with ``--write`` the best rules go into the bundle's
+``spec.json``, too.
 
 ``benchmarks/quality/`` says how each score is defined: ``sets`` which images, ``measures`` and
 ``failures`` what is counted, ``judging`` how it is resampled, ``consistency`` what is compared.
@@ -31,7 +32,7 @@ from benchmarks.quality.judging import Judged, judge_set, scores_json
 from benchmarks.quality.pictures import draw_cases
 from benchmarks.quality.report import markdown
 from benchmarks.quality.sets import ImageSet, open_sets
-from benchmarks.quality.sweep import sweep
+from benchmarks.quality.sweep import sweep, write_rules
 from wsi_pipeline.bundle import ModelBundle, find_bundle
 from wsi_pipeline.device import choose_device, choose_precision, half_pays
 from wsi_pipeline.job import versions
@@ -135,9 +136,13 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--fast", action="store_true", help="few images, few draws")
     parser.add_argument("--sweep", action="store_true", help="only try other rules for objects")
+    parser.add_argument("--write", action="store_true", help="put the best into the bundle")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.write and not options.sweep:
+        parser.error("--write is for what --sweep finds")
+    return options
 
 
 def main() -> None:
@@ -155,6 +160,9 @@ def main() -> None:
         )
         found = sweep(predictor, _sets(bundle, options), fast=options.fast)
         _write(options.out / "sweep.json", found)
+        if options.write:
+            changed = write_rules(bundle, found)
+            log.info("%s: rules of %s; its sha256 is %s", changed.path, [*found], changed.digest)
         return
     scores, judged = judge(bundle, options, whole=True)
     _write(options.out / "scores.json", scores)

@@ -10,7 +10,7 @@ import logging
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ SPLIT = {"validation": 0.2, "seed": 0}
 HEADS = ("nuclei", "gland", "lumen")
 """Labels that are judged; others a dataset has are left aside."""
 CROPS = "crops"
-"""Name of the set of own annotations."""
+"""Name of the set of own annotations, and of their layout."""
+OWN = "annotations"
+"""Name of the folder of own annotations in this project and in its recipes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +119,7 @@ PLANS = (
 CROPS_PLAN = Plan(
     name=CROPS,
     title="own annotations, validation crops",
-    folder=CROPS,
+    folder=OWN,
     layout=CROPS,
     shown="slides CC0 and MIT",
     fast=10,
@@ -150,7 +152,8 @@ def open_sets(
     """
     plans = [(plan, data / plan.folder, {}) for plan in PLANS]
     if annotations is not None:
-        plans.append((CROPS_PLAN, annotations / CROPS, {"slides": data / "slides"}))
+        own = replace(CROPS_PLAN, folder=annotations.resolve().name)
+        plans.append((own, annotations / CROPS, {"slides": data / "slides"}))
     found = []
     for plan, folder, options in plans:
         try:
@@ -249,4 +252,15 @@ def _standing_in(plan: Plan, recipe: Mapping[str, Any]) -> str:
 
 
 def _is_of(source: Mapping[str, Any], plan: Plan) -> bool:
-    return plan.layout == source.get("layout") or plan.folder == Path(str(source["path"])).name
+    """Tell whether a source's images are those of a plan.
+
+    A layout other than ``crops`` belongs to one dataset. Crops are of whoever drew them, such as
+    pseudo-labels of other windows; the own ones are known by the name of their folder.
+    """
+    path = Path(os.path.expandvars(str(source["path"])))
+    if plan.layout != CROPS:
+        return plan.layout == source.get("layout") or plan.folder == path.name
+    if path.suffix == ".geojson":
+        path = path.parent
+    folder = path.parent if path.name == CROPS else path
+    return folder.name in (plan.folder, OWN)

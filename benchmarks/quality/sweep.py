@@ -18,13 +18,16 @@ import numpy as np
 
 from benchmarks.quality.measures import known_only
 from benchmarks.quality.sets import CROPS, ImageSet
+from wsi_pipeline.bundle import ModelBundle, open_bundle
+from wsi_pipeline.durable import durable_file
+from wsi_pipeline.golden import GOLDEN, write_golden
 from wsi_pipeline.metrics import PanopticCounts, bootstrap, mean_defined, panoptic_counts, pooled
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.training.annotation import AnnotatedImage, InstanceLabel
 from wsi_pipeline.training.judges import Seen
 from wsi_pipeline.training.predicted import ImageMaps, ImagePredictor, find_objects
 
-__all__ = ["grids", "sweep"]
+__all__ = ["grids", "sweep", "write_rules"]
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,32 @@ def sweep(predictor: ImagePredictor, sets: Sequence[ImageSet], *, fast: bool) ->
     }
 
 
+def write_rules(bundle: ModelBundle, found: Mapping[str, Any]) -> ModelBundle:
+    """Put the best rules of a sweep into a bundle's ``spec.json``; nothing else of it changes.
+
+    Golden tiles count objects, so where the bundle has some they are written anew.
+
+    Args:
+        bundle: what was swept; its digest will be another one.
+        found: what :func:`sweep` returned.
+
+    Returns:
+        The bundle as it is now.
+    """
+    heads = tuple(
+        replace(head, rules=replace(head.rules, **found[head.name]["best"]["rules"]))
+        if head.name in found
+        else head
+        for head in bundle.spec.heads
+    )
+    with durable_file(bundle.path / "spec.json") as beside:
+        beside.write_text(replace(bundle.spec, heads=heads).to_json(), encoding="utf-8")
+    changed = open_bundle(bundle.path)
+    if (bundle.path / GOLDEN).is_file():
+        write_golden(changed)
+    return changed
+
+
 def grids(rules: Rules) -> list[dict[str, tuple[float, ...]]]:
     """Return the values to try, stage by stage; the present ones are always among them."""
     if isinstance(rules, AnchorRules):
@@ -105,7 +134,8 @@ def grids(rules: Rules) -> list[dict[str, tuple[float, ...]]]:
 
 
 def _shots(predictor: ImagePredictor, own: ImageSet, at_most: int) -> Iterator[_Shot]:
-    for held in own.images[:at_most]:
+    step = -(-len(own.images) // at_most)  # evenly: images come sorted by group
+    for held in own.images[::step]:
         image = held.load()
         yield _Shot(
             set=own.plan.name,

@@ -17,7 +17,7 @@ from wsi_pipeline.training.begin import held_out_images, open_parts
 from wsi_pipeline.training.evaluate import Evaluation, evaluate
 from wsi_pipeline.training.layouts import read_dataset
 from wsi_pipeline.training.predicted import ImagePredictor
-from wsi_pipeline.training.recipe import read_recipe
+from wsi_pipeline.training.recipe import SplitRules, read_recipe
 from wsi_pipeline.training.sources import Source
 from wsi_pipeline.training.split import PARTS
 
@@ -74,30 +74,52 @@ def score_bundle(
         "precision": precision,
         "resamples": resamples,
         "interval": "95 %, bootstrap over patients",
-        "learnt_from_this_folder": _learnt_from(found.path, dataset),
+        "learnt_from_this_folder": _learnt_from(found.path, dataset, part),
         "versions": versions(),
     }
     if about["learnt_from_this_folder"]:
         log.warning(
-            "%s was trained on images of %s: these scores flatter. Judge its recipe (.toml), which "
-            "leaves the training patients out, or another folder.",
+            "%s was trained on images of %s: these scores flatter. Judge the validation part of "
+            "its recipe (.toml), which leaves the training patients out, or another folder.",
             found.name,
             dataset,
         )
     return replace(evaluate(predictor, images, resamples=resamples), about=about)
 
 
-def _learnt_from(bundle: Path, folder: Path) -> bool:
-    """Tell whether a bundle's recipe names a folder as a source, as far as can be known."""
-    recipe = bundle / "train.toml"
-    if not folder.is_dir() or not recipe.is_file():
+def _learnt_from(bundle: Path, dataset: Path, part: str | None) -> bool:
+    """Tell whether a bundle's recipe learns from what is judged, as far as names can tell.
+
+    Args:
+        bundle: its folder.
+        dataset: a folder, of which every image counts as learnt from where it is a source; or a
+            recipe, whose validation images do not where the bundle's recipe splits as it does.
+        part: what is judged of it; None: see :func:`score_bundle`.
+    """
+    path = bundle / "train.toml"
+    if not path.is_file():
         return False
     try:
-        sources = tomllib.loads(recipe.read_text(encoding="utf-8")).get("source", [])
-        paths = [Path(os.path.expandvars(str(source["path"]))) for source in sources]
-    except (ValueError, KeyError, TypeError):
+        learnt = tomllib.loads(path.read_text(encoding="utf-8"))
+        sources = [
+            (Path(os.path.expandvars(str(source["path"]))).name, source.get("split", True))
+            for source in learnt.get("source", [])
+        ]
+        split = SplitRules(**learnt.get("split", {}))
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
-    return any(path.name == folder.resolve().name for path in paths)
+    if dataset.suffix != ".toml":
+        return any(name in _names(dataset) for name, _ in sources)
+    recipe = read_recipe(dataset)
+    all_parts = part in ("train", "all")
+    judged = [own.path for own in recipe.source if own.split or all_parts]
+    same = {name for path in judged for name in _names(path)}
+    mixed = all_parts or split != recipe.split
+    return any(name in same and (mixed or not apart) for name, apart in sources)
+
+
+def _names(path: Path) -> set[str]:
+    return {path.name, path.resolve().name}
 
 
 def _sources(
