@@ -396,7 +396,7 @@ def test_a_signal_ends_it_with_the_code_of_an_interrupted_run(monkeypatch):
 
 def test_the_command_works_from_end_to_end(slow_rates_are_small, tmp_path):
     done = invoke(
-        "--size", 2048, "--model", "stain-baseline", "--tile-size", 256, "--tiles", 1,
+        "--size", 1024, "--model", "stain-baseline", "--tile-size", 256, "--tiles", 1,
         "--repeat", 1, "--device", "cpu", "--scratch", tmp_path, "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output

@@ -33,7 +33,14 @@ def subject(slide, tmp_path_factory):
         yield made
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def of_one_tile(slide, tmp_path_factory):
+    options = BenchOptions(slide=str(slide), tiles=1, **SMALL)
+    with prepared(options, tmp_path_factory.mktemp("one")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def by_name(subject):
     return {stage.name: stage for stage in stages_of(subject)}
 
@@ -67,17 +74,15 @@ def test_decoding_is_of_the_same_tiles_of_the_file_each_once(name, by_name, subj
     assert len(seen) == len(worked)
 
 
-def test_tiles_of_the_file_that_no_window_needs_are_not_decoded(slide, tmp_path, monkeypatch):
-    options = BenchOptions(slide=str(slide), tiles=1, **SMALL)
-    with prepared(options, tmp_path) as made:
-        (tile,) = made.tiles.tiles
-        read = next(stage for stage in stages_of(made) if stage.name == "read")
-        seen = spy_on_tiles(made, monkeypatch)
-        read.limit(FakeClock())
-        columns, rows = made.slide._reader.levels[0].lattice
-        assert 0 < len(seen) < columns * rows
-        # 256 + 2 x 240 working pixels are 1472 of level 0: at most 7 tiles of 256 a side
-        assert len(seen) <= (2 * tile.read.width // 256 + 2) ** 2
+def test_tiles_of_the_file_that_no_window_needs_are_not_decoded(of_one_tile, monkeypatch):
+    (tile,) = of_one_tile.tiles.tiles
+    read = next(stage for stage in stages_of(of_one_tile) if stage.name == "read")
+    seen = spy_on_tiles(of_one_tile, monkeypatch)
+    read.limit(FakeClock())
+    columns, rows = of_one_tile.slide._reader.levels[0].lattice
+    assert 0 < len(seen) < columns * rows
+    # 256 + 2 x 240 working pixels are 1472 of level 0: at most 7 tiles of 256 a side
+    assert len(seen) <= (2 * tile.read.width // 256 + 2) ** 2
 
 
 def test_the_network_sees_the_windows_of_its_tiles(subject):
@@ -211,7 +216,8 @@ def test_objects_are_those_of_the_run(by_name, subject):
     assert rows == count_rows(subject.job.objects_path) > 0
 
 
-def test_the_whole_runs_anew_each_time(subject):
+def test_the_whole_runs_anew_each_time(of_one_tile):
+    subject = of_one_tile
     whole = Whole(subject=subject)
     clock = FakeClock(tick=1.0)
     assert whole.work(clock) == whole.work(clock) == 1.0  # between two looks at the clock
@@ -233,18 +239,18 @@ def test_the_tiles_are_those_of_the_pipeline(subject):
     assert subject.working_mpp == pytest.approx((0.5, 0.5))
 
 
-@pytest.mark.parametrize("most", [1, 3])
-def test_few_tiles_are_neighbours_from_the_middle(slide, subject, tmp_path, most):
-    with prepared(BenchOptions(slide=str(slide), tiles=most, **SMALL), tmp_path) as made:
-        every = [(tile.column, tile.row) for tile in subject.tiles.tiles]
-        found = [(tile.column, tile.row) for tile in made.tiles.tiles]
-        assert len(found) == most
-        assert every[0] not in found
-        assert every[-1] not in found
-        assert found == sorted(found, key=every.index)
-        # and the whole did no others
-        assert np.count_nonzero(made.maps._blocks) == most
-        assert not made.maps.missing(made.tiles).tiles
+def test_few_tiles_are_neighbours_from_the_middle(slide, subject, of_one_tile, tmp_path):
+    every = [(tile.column, tile.row) for tile in subject.tiles.tiles]
+    with prepared(BenchOptions(slide=str(slide), tiles=3, **SMALL), tmp_path) as of_three:
+        for made, most in ((of_one_tile, 1), (of_three, 3)):
+            found = [(tile.column, tile.row) for tile in made.tiles.tiles]
+            assert len(found) == most
+            assert every[0] not in found
+            assert every[-1] not in found
+            assert found == sorted(found, key=every.index)
+            # and the whole did no others
+            assert np.count_nonzero(made.maps._blocks) == most
+            assert not made.maps.missing(made.tiles).tiles
 
 
 def test_options_reach_the_predictor(slide, tmp_path):

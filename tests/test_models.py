@@ -145,6 +145,10 @@ def test_the_card_says_what_the_baseline_is(baseline):
     assert "Not for" in card
     assert f"{baseline.spec.halo_px} pixels" in card
     assert baseline.spec.instance_heads == baseline.spec.heads
+    metrics = json.loads((baseline.path / "metrics.json").read_text())
+    real = metrics["evaluations"]["MoNuSeg"]["heads"]["nuclei"]["pq"]
+    for number in real.values():
+        assert f"{number:.3f}" in card
 
 
 def test_it_finds_what_is_in_the_scene(network):

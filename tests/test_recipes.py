@@ -37,8 +37,8 @@ SMALL = [
     "batches.crop_px=64",
     "batches.workers=1",
     "validation.every=90",
-    "validation.images=12",
-    "validation.pictures=2",
+    "validation.images=4",  # the scores below are of bundles
+    "validation.pictures=1",
 ]
 EBHI = 'layout="ebhi", path="$WSI_FEW", mpp=1.05'
 DSB = f'{{layout="dsb2018", path="{DATA}/nuclei_dsb2018_CC0", mpp=0.25, task="nuclei"}}'
@@ -142,8 +142,8 @@ def test_several_tasks_at_once(name, tmp_path):
         out,
         f"source=[{DSB}, {GLAND}, {LUMEN}, {kather(classes=True)}]",
         "start={}",
-        "schedule.steps=300",
-        "validation.every=300",
+        "schedule.steps=240",
+        "validation.every=240",
         "batches.tasks={nuclei=0.4, gland=0.18, lumen=0.18, tissue=0.24}",
         # the kit's nuclei have no classes: a head that nobody labels would be refused
         f"model.heads={json.dumps(['nuclei', 'gland', 'lumen', 'tissue'])}"
@@ -182,7 +182,7 @@ def test_patch_classes(tmp_path):
         out,
         f"source=[{kather(classes=False)}]",
         "batches.crop_px=144",
-        "schedule.steps=240",
+        "schedule.steps=180",
     )
     assert fell(losses, "tissue")
     found = score_bundle(out, out / "train.toml", part="train", resamples=0, device="cpu")
@@ -194,7 +194,7 @@ def test_patch_classes(tmp_path):
 def test_the_example_of_the_documentation(tmp_path):
     out = tmp_path / "small"
     few_tiles = 'source.1.path="$WSI_FEW"'
-    losses = learn("small", out, few_tiles, "schedule.steps=120", "validation.every=60")
+    losses = learn("small", out, few_tiles, "schedule.steps=100", "validation.every=50")
     for head in ("nuclei", "gland", "lumen"):
         assert fell(losses, head, 0.9), head
     assert (out / "examples.png").is_file()
@@ -238,7 +238,8 @@ def test_nuclear_subtypes_on_top_of_a_frozen_network(tmp_path):
         "model.options={}",
         "split={validation=0.3}",
         "batches.crop_px=32",
-        "schedule.steps=300",
+        "schedule.steps=200",
+        "validation.every=200",
         "schedule.learning_rate=0.01",
     )
     assert fell(losses, "nuclei-class")

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import shapely
 from numpy.typing import NDArray
-from skimage.draw import polygon as pixels_inside
 
 from wsi_pipeline.geometry import PixelGrid
 
@@ -74,17 +73,32 @@ def mirrored(positions: NDArray[np.intp], length: int) -> NDArray[np.intp]:
 
 
 def _fill(ids: NDArray[np.int32], rings: list[NDArray[np.float64]], number: int) -> None:
-    outer, *holes = rings
-    left, top = np.floor(outer.min(axis=0)).astype(int)
-    right, bottom = np.ceil(outer.max(axis=0)).astype(int)
-    inside = np.zeros((bottom - top, right - left), np.bool_)
-    for ring, value in [(outer, True), *((hole, False) for hole in holes)]:
-        # skimage has pixel centres at whole numbers, we have them at halves.
-        ring = ring - (left + 0.5, top + 0.5)
-        y, x = pixels_inside(ring[:, 1], ring[:, 0], inside.shape)  # type: ignore[no-untyped-call]
-        inside[y, x] = value
-    rows = slice(max(top, 0), min(bottom, ids.shape[0]))
-    columns = slice(max(left, 0), min(right, ids.shape[1]))
-    if rows.start < rows.stop and columns.start < columns.stop:
-        own = inside[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-        ids[rows, columns][own] = number
+    """Number the pixels inside an odd number of rings: from left to right, a crossing is a turn."""
+    left, top = np.maximum(np.floor(rings[0].min(axis=0)).astype(int), 0)
+    right, bottom = np.minimum(np.ceil(rings[0].max(axis=0)).astype(int), ids.shape[::-1])
+    if left >= right or top >= bottom:
+        return
+    size = bottom - top, right - left + 1
+    turns = np.zeros(size, np.intp)
+    for ring in rings:
+        rows, x = _crossings(ring, top, bottom)
+        # The first pixel whose centre is not left of the crossing.
+        columns = np.clip(np.ceil(x - 0.5).astype(int), left, right)
+        places = (rows - top) * size[1] + columns - left
+        turns += np.bincount(places, minlength=turns.size).reshape(size)
+    inside = np.cumsum(turns, axis=1)[:, :-1] % 2 == 1
+    ids[top:bottom, left:right][inside] = number
+
+
+def _crossings(
+    ring: NDArray[np.float64], top: int, bottom: int
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return where the middles of the rows from ``top`` to ``bottom`` meet a ring: rows and x."""
+    low, high = np.sort([ring[:-1, 1], ring[1:, 1]], axis=0)
+    # An edge owns its upper end, not its lower one, so that a corner is met once.
+    first, end = (np.clip(np.ceil(y - 0.5).astype(int), top, bottom) for y in (low, high))
+    counts = end - first
+    edge = np.repeat(np.arange(len(counts)), counts)
+    rows = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - first, counts)
+    (x0, y0), (x1, y1) = ring[edge].T, ring[edge + 1].T
+    return rows, x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
