@@ -23,7 +23,7 @@ from wsi_pipeline.training.judges import Seen
 from wsi_pipeline.training.pictures import Panel, draw_examples
 from wsi_pipeline.training.predicted import ImagePredictor
 
-__all__ = ["draw_cases"]
+__all__ = ["draw_cases", "draw_page"]
 
 WINDOW_PX = 160
 """Side of a window of small objects, at the model's pixel size."""
@@ -66,7 +66,7 @@ def draw_cases(
             path = folder / f"{own.set.plan.name}-{name.replace(' ', '-')}.jpg"
             panels = _panels(predictor, own, name, measure)
             if panels:
-                _draw(panels, path, title=f"{name}: {own.set.plan.shown}")
+                draw_page(panels, path, title=f"{name}: {own.set.plan.shown}")
                 written.append(path)
     return written
 
@@ -140,8 +140,8 @@ def _panel(seen: Seen, head: str, caption: str) -> Panel:
     )
 
 
-def _draw(panels: Sequence[Panel], path: Path, *, title: str) -> None:
-    """Draw the panels' page and shrink it."""
+def draw_page(panels: Sequence[Panel], path: Path, *, title: str) -> None:
+    """Draw panels as a page, a JPEG of moderate size."""
     page = path.with_suffix(".png")
     draw_examples(panels, page, title=title)
     with Image.open(page) as image:
