@@ -152,4 +152,4 @@ def _plain(measure: Measure, row: int) -> dict[str, float | None]:
 
 
 def _number(value: float) -> float | None:
-    return round(float(value), 4) if np.isfinite(value) else None
+    return round(float(value), 6) if np.isfinite(value) else None
