@@ -26,6 +26,7 @@ from wsi_pipeline.blocks import (
     conv_unit,
     enlarged,
     initialise,
+    summed,
 )
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.spec import HeadSpec
@@ -143,10 +144,10 @@ class _Decoder(nn.Module):
         steps = list(zip(self.project, self.units, maps[-len(self.project) :], strict=True))
         x_BCHW: Tensor | None = None
         for project, unit, map_BCHW in reversed(steps):
-            y_BCHW = project(map_BCHW)
-            if x_BCHW is not None:
-                y_BCHW.add_(enlarged(x_BCHW, 2))
-            x_BCHW = unit(y_BCHW)
+            if x_BCHW is None:
+                x_BCHW = unit(project(map_BCHW))
+            else:
+                x_BCHW = unit(summed(project, map_BCHW, enlarged(x_BCHW, 2)))
         logits_BCHW: Tensor = self.logits(x_BCHW)
         return logits_BCHW
 
