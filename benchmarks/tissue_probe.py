@@ -24,12 +24,11 @@ from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from wsi_pipeline.blocks import INPUT_MULTIPLE
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.training.annotation import PatchLabel
 from wsi_pipeline.training.conform import resampled
 from wsi_pipeline.training.layouts import read_dataset
-
-INPUT_MULTIPLE = 16
 
 
 def main() -> None:

@@ -23,9 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
+from wsi_pipeline.bench.rates import dense_flops
 from wsi_pipeline.bundle import ModelBundle, list_bundles
 from wsi_pipeline.zoo import default_mark
 
@@ -80,10 +78,7 @@ def _cost(bundle: ModelBundle) -> tuple[int, float]:
     """Return learned parameters, and floating-point operations of convolutions an input pixel."""
     network = bundle.load_network()
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    network = network.to("meta")  # nothing is computed, and no convolution fused with what follows
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(torch.zeros(1, 3, _SIDE, _SIDE, device="meta"))
-    return parameters, counter.get_total_flops() / _SIDE**2
+    return parameters, dense_flops(bundle.spec, _SIDE) / _SIDE**2
 
 
 def _score(bundle: ModelBundle, head: str, score: str) -> str:

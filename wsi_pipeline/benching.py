@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from wsi_pipeline.command import auto_or_number, exit_if_interrupted, plain_errors, signals
+from wsi_pipeline.command import arithmetic_options, exit_if_interrupted, plain_errors, signals
 from wsi_pipeline.errors import Interrupted
 
 __all__ = ["bench_command"]
@@ -22,38 +22,7 @@ __all__ = ["bench_command"]
     "--slide", metavar="FILE", help="The slide to measure on.  [default: a synthetic one]"
 )
 @click.option("--model", metavar="NAME|DIR", help="Model bundle.  [default: that of the device]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, mps")
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    help="Arithmetic of the network.",
-)
-@click.option(
-    "--batch-size",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    callback=auto_or_number,
-    help="Tiles that the network sees at a time.",
-)
-@click.option(
-    "--tile-size",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    callback=auto_or_number,
-    help="Side of a tile in pixels of the model's mpp, a multiple of 16.",
-)
-@click.option(
-    "--workers",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    callback=auto_or_number,
-    help="Threads that read the slide, and that extract objects.",
-)
+@arithmetic_options
 @click.option(
     "--mpp",
     type=float,

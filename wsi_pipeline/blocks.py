@@ -56,7 +56,7 @@ class BasicBlock(nn.Module):
 
 
 class ConvUnit(nn.Sequential):
-    """Convolution, normalisation, ReLU: its children ``conv``, ``norm`` and ``act``."""
+    """Convolution, normalisation, ReLU: its children are ``conv`` and ``norm``."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map ``(B, C_in, H, W)`` to ``(B, C, H / stride, W / stride)``."""
@@ -68,7 +68,7 @@ def conv_unit(
 ) -> ConvUnit:
     """Return convolution, batch normalisation, ReLU."""
     conv = nn.Conv2d(width_in, width_out, kernel, stride, padding=kernel // 2, bias=bias)
-    parts = OrderedDict(conv=conv, norm=nn.BatchNorm2d(width_out), act=nn.ReLU(inplace=True))
+    parts = OrderedDict(conv=conv, norm=nn.BatchNorm2d(width_out))
     return ConvUnit(parts)
 
 

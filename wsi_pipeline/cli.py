@@ -19,7 +19,7 @@ from wsi_pipeline.annotating import annotate_command
 from wsi_pipeline.benching import bench_command
 from wsi_pipeline.command import (
     EXIT_FAILED,
-    auto_or_number,
+    arithmetic_options,
     exit_if_interrupted,
     plain_errors,
     signals,
@@ -56,38 +56,7 @@ def wsi() -> None:
     help="Model bundle: a name that `wsi models` lists, or a folder.  "
     "[default: the one --out was begun with, else the default of the device]",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, mps")
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    help="Arithmetic of the network.",
-)
-@click.option(
-    "--batch-size",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    callback=auto_or_number,
-    help="Tiles that the network sees at a time.",
-)
-@click.option(
-    "--tile-size",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    callback=auto_or_number,
-    help="Side of a tile in pixels of the model's mpp, a multiple of 16.",
-)
-@click.option(
-    "--workers",
-    default="auto",
-    show_default=True,
-    metavar="N|auto",
-    callback=auto_or_number,
-    help="Threads that read the slide, and that extract objects.",
-)
+@arithmetic_options
 @click.option(
     "--mpp",
     type=float,

@@ -1,10 +1,10 @@
-"""What commands have in common: plain errors, requests to stop, exit codes, a kind of option."""
+"""What commands have in common: plain errors, requests to stop, exit codes, how to compute."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
@@ -18,7 +18,7 @@ __all__ = [
     "EXIT_FAILED",
     "EXIT_INTERRUPTED",
     "EXIT_USAGE",
-    "auto_or_number",
+    "arithmetic_options",
     "exit_if_interrupted",
     "plain_errors",
     "signals",
@@ -27,7 +27,7 @@ __all__ = [
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_CTRL_C = 1, 2, 75, 130
 
 
-def auto_or_number(
+def _auto_or_number(
     _context: click.Context, parameter: click.Parameter, value: str
 ) -> int | Literal["auto"]:
     """Check an option that takes a positive whole number or ``auto``."""
@@ -37,6 +37,41 @@ def auto_or_number(
         message = f"{value!r} is neither a positive whole number nor 'auto'"
         raise click.BadParameter(message, param=parameter)
     return int(value)
+
+
+def arithmetic_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of how a network runs on a slide: on what, how much at a time."""
+    amounts = {
+        "--batch-size": "Tiles that the network sees at a time.",
+        "--tile-size": "Side of a tile in pixels of the model's mpp, a multiple of 16.",
+        "--workers": "Threads that read the slide, and that extract objects.",
+    }
+    options = [
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, mps"
+        ),
+        click.option(
+            "--precision",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+            help="Arithmetic of the network.",
+        ),
+        *(
+            click.option(
+                name,
+                default="auto",
+                show_default=True,
+                metavar="N|auto",
+                callback=_auto_or_number,
+                help=text,
+            )
+            for name, text in amounts.items()
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @contextmanager
