@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -254,8 +255,9 @@ def test_torchrun_trains_one_model_on_two_processes(recipe, tmp_path):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "wsi_pipeline", "train", str(recipe), "--out", str(out), "--device", "cpu",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    settings = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=settings)
+    assert done.returncode == 0, done.stderr
     assert load_file(out / "weights.safetensors")
     steps = [row for row in rows(out) if "losses" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]

@@ -8,16 +8,15 @@ They do not call kernels of other modules: the disk cache would not see those ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from wsi_pipeline.compiled import compiled
 
 __all__ = [
     "Ints",
-    "compiled",
     "cores_and_ground",
     "describe",
     "find_runs",
@@ -30,12 +29,6 @@ __all__ = [
 
 Ints = NDArray[Any]
 """An integer array; the docstring of each kernel says which."""
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def compiled(function: F) -> F:
-    """Compile on first call, keep on disk, release the GIL."""
-    return cast(F, njit(nogil=True, cache=True)(function))
 
 
 @compiled

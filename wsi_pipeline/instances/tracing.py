@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.geometry import PixelGrid
-from wsi_pipeline.instances.kernels import Ints, compiled
+from wsi_pipeline.instances.kernels import Ints
 
 __all__ = ["MEASURES", "Outlines", "trace_labels", "trace_runs"]
 

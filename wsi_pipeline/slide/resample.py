@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from wsi_pipeline.compiled import compiled
 
 __all__ = ["AxisTaps", "area_mean", "axis_taps", "resample", "ycc_to_rgb"]
 
@@ -232,9 +233,8 @@ def _ycc_to_rgb_loops(pixels: NDArray[np.uint8], rgb: NDArray[np.uint8]) -> None
                 rgb[j, i, c] = 0 if value < 0 else 255 if value > 255 else value
 
 
-_compiled = numba.njit(cache=True, nogil=True)
-_add_line = _compiled(_add_line_loops)
-_blend_columns = _compiled(_blend_columns_loops)
-_resample = _compiled(_resample_loops)
-_area_mean = _compiled(_area_mean_loops)
-_ycc_to_rgb = _compiled(_ycc_to_rgb_loops)
+_add_line = compiled(_add_line_loops)
+_blend_columns = compiled(_blend_columns_loops)
+_resample = compiled(_resample_loops)
+_area_mean = compiled(_area_mean_loops)
+_ycc_to_rgb = compiled(_ycc_to_rgb_loops)

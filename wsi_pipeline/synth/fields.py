@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipeline.synth.noise import kernel, mix, noise, uniform
+from wsi_pipeline.compiled import compiled
+from wsi_pipeline.synth.noise import mix, noise, uniform
 
 __all__ = [
     "DEPTH",
@@ -64,7 +65,7 @@ class Fields:
     """Lattice index (x, y) of the first node."""
 
 
-@kernel
+@compiled
 def _piece_edge(seed: int, x: float, y: float) -> float:
     """Return the signed distance (inside positive) to the piece of tissue in this place."""
     i = math.floor(x / _PIECE_UM[0])
@@ -87,7 +88,7 @@ def _piece_edge(seed: int, x: float, y: float) -> float:
     return _CORNER_UM - outside
 
 
-@kernel
+@compiled
 def _fill_nodes(seed: int, i0: int, j0: int, nodes: NDArray[np.float32]) -> None:
     for j in range(nodes.shape[0]):
         for i in range(nodes.shape[1]):
@@ -116,7 +117,7 @@ def _fill_nodes(seed: int, i0: int, j0: int, nodes: NDArray[np.float32]) -> None
             nodes[j, i, HUE] = noise(seed + 14, x / 1700.0, y / 1700.0)
 
 
-@kernel
+@compiled
 def _fat_cell(seed: int, x: float, y: float) -> tuple[float, float, float]:
     """Return the centre of the fat cell around a point and the distance to its wall."""
     i = math.floor(x / _FAT_PITCH_UM)
@@ -137,7 +138,7 @@ def _fat_cell(seed: int, x: float, y: float) -> tuple[float, float, float]:
     return bx, by, 0.5 * (second - best) / max(math.hypot(bx - sx, by - sy), 1e-6)
 
 
-@kernel
+@compiled
 def field(nodes: NDArray[np.float32], i0: int, j0: int, x: float, y: float, channel: int) -> float:
     """Return one field at a point in micrometres, which must lie in the window."""
     fx = x / NODE_UM - i0
@@ -161,7 +162,7 @@ def make_fields(seed: int, window_um: tuple[float, float, float, float]) -> Fiel
     return Fields(nodes=nodes, origin=(i0, j0))
 
 
-@kernel
+@compiled
 def fat_wall(seed: int, nodes: NDArray[np.float32], i0: int, j0: int, x: float, y: float) -> float:
     """Return the distance to the wall of the fat cell around a point, -1 outside of fat."""
     if field(nodes, i0, j0, x, y, FAT) < -0.5:
@@ -170,7 +171,7 @@ def fat_wall(seed: int, nodes: NDArray[np.float32], i0: int, j0: int, x: float, 
     return wall if field(nodes, i0, j0, cx, cy, FAT) > 0.0 else -1.0
 
 
-@kernel
+@compiled
 def in_fat(
     seed: int, nodes: NDArray[np.float32], i0: int, j0: int, x: float, y: float, margin: float
 ) -> bool:

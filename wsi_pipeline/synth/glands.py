@@ -20,8 +20,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.synth.fields import DEPTH, EDGE, FOLLICLE, Fields, field
-from wsi_pipeline.synth.noise import kernel, mix, noise, uniform
+from wsi_pipeline.synth.noise import mix, noise, uniform
 
 __all__ = [
     "CRYPT_REACH_UM",
@@ -46,7 +47,7 @@ _JITTER_UM = 14.0
 _GAP_UM = 10.0
 
 
-@kernel
+@compiled
 def _site(seed: int, i: int, j: int) -> tuple[float, float]:
     h = mix(seed + 21, i, j)
     # Every other row is shifted, left or right, so that long crypts lean both ways.
@@ -57,7 +58,7 @@ def _site(seed: int, i: int, j: int) -> tuple[float, float]:
     return x, y
 
 
-@kernel
+@compiled
 def _partner(seed: int, i: int, j: int) -> int:
     """Tell what a lattice cell holds: 0 a round crypt, 1/2 a long one right/down, -1 nothing."""
     block = uniform(mix(seed + 22, i >> 1, j >> 1), 0)
@@ -73,7 +74,7 @@ def _partner(seed: int, i: int, j: int) -> int:
     return 1 if a == 0 else -1
 
 
-@kernel
+@compiled
 def _skeleton(seed: int, i: int, j: int, out: NDArray[np.float64]) -> bool:
     """Fill the skeleton of one lattice cell; False where its site belongs to a neighbour."""
     kind = _partner(seed, i, j)
@@ -99,14 +100,14 @@ def _skeleton(seed: int, i: int, j: int, out: NDArray[np.float64]) -> bool:
     return True
 
 
-@kernel
+@compiled
 def _distance(site: NDArray[np.float64], x: float, y: float) -> float:
     u = (x - site[CX]) * site[EX] + (y - site[CY]) * site[EY]
     v = (y - site[CY]) * site[EX] - (x - site[CX]) * site[EY]
     return math.hypot(max(abs(u) - 0.5 * site[LENGTH], 0.0), v)
 
 
-@kernel
+@compiled
 def frame(site: NDArray[np.float64], s: float) -> tuple[float, float, float, float]:
     """Return the skeleton point and the outward normal at ``s`` in [0, 1) around a crypt."""
     radius, length = site[NOMINAL], site[LENGTH]
@@ -125,7 +126,7 @@ def frame(site: NDArray[np.float64], s: float) -> tuple[float, float, float, flo
     return site[CX] + u * ex, site[CY] + u * ey, c * ex - s_ * ey, c * ey + s_ * ex
 
 
-@kernel
+@compiled
 def gland_coordinates(site: NDArray[np.float64], x: float, y: float) -> tuple[float, float]:
     """Return ``(distance from the skeleton, s)``: the inverse of :func:`frame`."""
     radius, length = site[NOMINAL], site[LENGTH]
@@ -146,7 +147,7 @@ def gland_coordinates(site: NDArray[np.float64], x: float, y: float) -> tuple[fl
     return -v, (2.0 * half + length + u + 0.5 * length) / whole
 
 
-@kernel
+@compiled
 def radius_at(radii: NDArray[np.float32], s: float) -> float:
     """Interpolate the radius around a crypt at ``s``."""
     f = s * SAMPLES
@@ -155,7 +156,7 @@ def radius_at(radii: NDArray[np.float32], s: float) -> float:
     return float(radii[k % SAMPLES] * (1.0 - u) + radii[(k + 1) % SAMPLES] * u)
 
 
-@kernel
+@compiled
 def _cell_radius(site: NDArray[np.float64], others: NDArray[np.float64], s: float) -> float:
     """Return how far the shrunk Voronoi cell reaches along the normal at ``s``."""
     px, py, nx, ny = frame(site, s)
@@ -174,7 +175,7 @@ def _cell_radius(site: NDArray[np.float64], others: NDArray[np.float64], s: floa
     return high
 
 
-@kernel
+@compiled
 def _shape(
     site: NDArray[np.float64],
     others: NDArray[np.float64],
@@ -203,7 +204,7 @@ def _shape(
     return bool(smallest > 20.0)
 
 
-@kernel
+@compiled
 def _in_mucosa(
     site: NDArray[np.float64],
     outer: NDArray[np.float32],
@@ -221,7 +222,7 @@ def _in_mucosa(
     return True
 
 
-@kernel
+@compiled
 def _fill_glands(
     seed: int,
     nodes: NDArray[np.float32],

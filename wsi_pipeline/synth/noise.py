@@ -7,16 +7,13 @@ of a slide can be drawn on its own, in any order, by any thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeVar, cast
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TEXTURE_SIZE", "kernel", "make_texture", "mix", "noise", "sample_texture", "uniform"]
+from wsi_pipeline.compiled import compiled
 
-Function = TypeVar("Function", bound=Callable[..., object])
+__all__ = ["TEXTURE_SIZE", "make_texture", "mix", "noise", "sample_texture", "uniform"]
 
 TEXTURE_SIZE = 512
 """Side of the square texture, a power of two so that wrapping is a mask."""
@@ -24,13 +21,7 @@ TEXTURE_SIZE = 512
 _SCALE = 2.0**-53
 
 
-def kernel(function: Function) -> Function:
-    """Compile a function to machine code that releases the interpreter lock."""
-    compiled = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    return cast(Function, compiled)
-
-
-@kernel
+@compiled
 def mix(a: int, b: int, c: int) -> int:
     """Hash three integers to 64 well-mixed bits (the finaliser of SplitMix64, Steele 2014)."""
     h = a * 0x27D4EB2F165667C5 + b * 0x165667B19E3779F9 + c * 0x2545F4914F6CDD1D
@@ -41,13 +32,13 @@ def mix(a: int, b: int, c: int) -> int:
     return h ^ ((h >> 31) & 0x1FFFFFFFF)
 
 
-@kernel
+@compiled
 def uniform(h: int, k: int) -> float:
     """Return the k-th number in [0, 1) of the stream that belongs to a hash."""
     return ((mix(h, k, 77) >> 11) & 0x1FFFFFFFFFFFFF) * _SCALE
 
 
-@kernel
+@compiled
 def noise(seed: int, x: float, y: float) -> float:
     """Return smooth value noise in [-1, 1] with a feature size of one unit."""
     i = math.floor(x)
@@ -61,7 +52,7 @@ def noise(seed: int, x: float, y: float) -> float:
     return 2.0 * (top * (1.0 - v) + low * v) - 1.0
 
 
-@kernel
+@compiled
 def sample_texture(texture: NDArray[np.float32], x: float, y: float) -> float:
     """Read the texture at a point in texels, linearly between texels, wrapped around."""
     i = math.floor(x)

@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.synth.fields import (
     DEPTH,
     EDGE,
@@ -24,7 +25,7 @@ from wsi_pipeline.synth.fields import (
     in_fat,
 )
 from wsi_pipeline.synth.glands import KEY, LENGTH, NOMINAL, frame, gland_coordinates, radius_at
-from wsi_pipeline.synth.noise import kernel, mix, noise, uniform
+from wsi_pipeline.synth.noise import mix, noise, uniform
 
 __all__ = ["CLASSES", "NUCLEUS_REACH_UM", "boundary_point", "make_nuclei", "rim"]
 
@@ -46,7 +47,7 @@ _NEAR = 3
 """Lattice cells beyond which two candidates are too far apart to clash."""
 
 
-@kernel
+@compiled
 def rim(n: NDArray[np.float64], c: float, s: float) -> float:
     """Return the outline's radius, relative to the ellipse, in the direction (c, s)."""
     c2, s2 = c * c - s * s, 2.0 * c * s
@@ -54,7 +55,7 @@ def rim(n: NDArray[np.float64], c: float, s: float) -> float:
     return float(1.0 + n[C2] * c2 + n[S2] * s2 + third)
 
 
-@kernel
+@compiled
 def boundary_point(n: NDArray[np.float64], angle: float, grow: float) -> tuple[float, float]:
     """Return a point of the outline, moved outward by about ``grow`` micrometres."""
     c, s = math.cos(angle), math.sin(angle)
@@ -63,7 +64,7 @@ def boundary_point(n: NDArray[np.float64], angle: float, grow: float) -> tuple[f
     return n[X] + u * n[COS] - v * n[SIN], n[Y] + u * n[SIN] + v * n[COS]
 
 
-@kernel
+@compiled
 def _holds(n: NDArray[np.float64], x: float, y: float, grow: float) -> bool:
     dx, dy = x - n[X], y - n[Y]
     u = (dx * n[COS] + dy * n[SIN]) / (n[A] + grow)
@@ -72,7 +73,7 @@ def _holds(n: NDArray[np.float64], x: float, y: float, grow: float) -> bool:
     return q < 1e-9 or q < rim(n, u / q, v / q)
 
 
-@kernel
+@compiled
 def _clash(n: NDArray[np.float64], m: NDArray[np.float64]) -> bool:
     """Tell whether two nuclei come closer than the gap."""
     grow = 0.5 * _GAP_UM
@@ -92,7 +93,7 @@ def _clash(n: NDArray[np.float64], m: NDArray[np.float64]) -> bool:
     return False
 
 
-@kernel
+@compiled
 def _draw(n: NDArray[np.float64], key: int, a: float, b: float, rough: float) -> None:
     """Fill size and deformation of a nucleus."""
     n[A], n[B] = a, b
@@ -103,7 +104,7 @@ def _draw(n: NDArray[np.float64], key: int, a: float, b: float, rough: float) ->
     n[PHASE] = 512.0 * uniform(key, 15)
 
 
-@kernel
+@compiled
 def _in_epithelium(
     n: NDArray[np.float64],
     site: NDArray[np.float64],
@@ -120,7 +121,7 @@ def _in_epithelium(
     return True
 
 
-@kernel
+@compiled
 def _ring(
     site: NDArray[np.float64],
     outer: NDArray[np.float32],
@@ -177,7 +178,7 @@ def _ring(
     return count
 
 
-@kernel
+@compiled
 def _candidate(
     seed: int,
     i: int,
@@ -239,7 +240,7 @@ def _candidate(
     return True
 
 
-@kernel
+@compiled
 def _outside_glands(
     n: NDArray[np.float64], sites: NDArray[np.float64], outer: NDArray[np.float32]
 ) -> bool:
@@ -264,7 +265,7 @@ def _outside_glands(
     return True
 
 
-@kernel
+@compiled
 def _wins(grid: NDArray[np.float64], rank: NDArray[np.int64], i: int, j: int) -> bool:
     """Tell whether no candidate of higher rank clashes; rank 0 means there is none."""
     for q in range(j - _NEAR, j + _NEAR + 1):
@@ -274,7 +275,7 @@ def _wins(grid: NDArray[np.float64], rank: NDArray[np.int64], i: int, j: int) ->
     return True
 
 
-@kernel
+@compiled
 def _fill_stroma(
     seed: int,
     nodes: NDArray[np.float32],
@@ -304,7 +305,7 @@ def _fill_stroma(
     return count
 
 
-@kernel
+@compiled
 def _fill_rings(
     sites: NDArray[np.float64],
     outer: NDArray[np.float32],

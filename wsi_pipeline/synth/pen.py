@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.geometry import Box
-from wsi_pipeline.synth.noise import kernel, noise, sample_texture, uniform
+from wsi_pipeline.synth.noise import noise, sample_texture, uniform
 
 __all__ = ["Pen"]
 
@@ -69,7 +70,7 @@ class Pen:
         return ink
 
 
-@kernel
+@compiled
 def _depth(seed: int, top: float, bottom: float, width: float, x: float, y: float) -> float:
     """Return how far a point lies inside the stroke; negative outside."""
     half = 0.5 * width
@@ -79,7 +80,7 @@ def _depth(seed: int, top: float, bottom: float, width: float, x: float, y: floa
     return half - math.hypot(x - middle, along)
 
 
-@kernel
+@compiled
 def _cover(
     seed: int,
     top: float,
@@ -93,7 +94,7 @@ def _cover(
         found[k] = _depth(seed, top, bottom, width, x[k], y[k]) > 0.0
 
 
-@kernel
+@compiled
 def _paint(
     seed: int,
     top: float,

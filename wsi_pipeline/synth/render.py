@@ -12,6 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.synth.fields import (
     DEPTH,
     EDGE,
@@ -22,7 +23,7 @@ from wsi_pipeline.synth.fields import (
     field,
 )
 from wsi_pipeline.synth.glands import LENGTH, NOMINAL, gland_coordinates, radius_at
-from wsi_pipeline.synth.noise import TEXTURE_SIZE, kernel, noise, sample_texture, uniform
+from wsi_pipeline.synth.noise import TEXTURE_SIZE, noise, sample_texture, uniform
 from wsi_pipeline.synth.nuclei import (
     CLASS,
     COS,
@@ -46,13 +47,13 @@ CYTOPLASM, MUCIN, NUCLEI = range(3)
 """Layers of :func:`paint_nuclei`; crypts come after the first."""
 
 
-@kernel
+@compiled
 def _smooth(x: float) -> float:
     x = min(max(x, 0.0), 1.0)
     return x * x * (3.0 - 2.0 * x)
 
 
-@kernel
+@compiled
 def _stroma(
     seed: int,
     texture: NDArray[np.float32],
@@ -96,7 +97,7 @@ def _stroma(
     return max(h, 0.0), max(e, 0.0)
 
 
-@kernel
+@compiled
 def paint_stroma(
     seed: int,
     texture: NDArray[np.float32],
@@ -133,7 +134,7 @@ def paint_stroma(
             dyes[1, r, c] = cover * e
 
 
-@kernel
+@compiled
 def _span(low: float, high: float, corner: int, mpp: float, size: int) -> tuple[int, int]:
     """Return the pixels whose centres lie between two micrometre positions."""
     first = max(math.floor(low / mpp - 0.5) - corner, 0)
@@ -141,7 +142,7 @@ def _span(low: float, high: float, corner: int, mpp: float, size: int) -> tuple[
     return first, last
 
 
-@kernel
+@compiled
 def paint_crypts(
     texture: NDArray[np.float32],
     sites: NDArray[np.float64],
@@ -195,7 +196,7 @@ def paint_crypts(
                 dyes[1, r, c] += cover * (e - dyes[1, r, c])
 
 
-@kernel
+@compiled
 def _depth_in(n: NDArray[np.float64], dx: float, dy: float, grow: float) -> float:
     """Return about how deep a point lies inside a nucleus grown by ``grow`` (negative: out)."""
     a, b = n[A] + grow, n[B] + grow
@@ -208,7 +209,7 @@ def _depth_in(n: NDArray[np.float64], dx: float, dy: float, grow: float) -> floa
     return float((rim(n, u / q, v / q) - q) / slope)
 
 
-@kernel
+@compiled
 def _cytoplasm(n: NDArray[np.float64]) -> tuple[float, float, float, float, float]:
     """Return centre, growth over the nucleus, haematoxylin and eosin of a cell's body."""
     if n[CLASS] != PLASMA:
@@ -221,7 +222,7 @@ def _cytoplasm(n: NDArray[np.float64]) -> tuple[float, float, float, float, floa
     return x, y, 2.2, 0.13, 0.15
 
 
-@kernel
+@compiled
 def _texture_of(
     texture: NDArray[np.float32],
     n: NDArray[np.float64],
@@ -245,7 +246,7 @@ def _texture_of(
     return h, e
 
 
-@kernel
+@compiled
 def _paint_one(
     texture: NDArray[np.float32],
     n: NDArray[np.float64],
@@ -278,7 +279,7 @@ def _paint_one(
             dyes[1, r, c] += cover * (e - dyes[1, r, c])
 
 
-@kernel
+@compiled
 def paint_nuclei(
     texture: NDArray[np.float32],
     nuclei: NDArray[np.float64],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.synth.fields import EOSIN, HAEMATOXYLIN, HUE, field
-from wsi_pipeline.synth.noise import kernel
 
 __all__ = ["GRAIN_SIZE", "colour", "make_grain", "make_light"]
 
@@ -33,7 +33,7 @@ def make_grain(seed: int) -> NDArray[np.float32]:
     return (1.1 * shared + 1.0 * own).astype(np.float32)
 
 
-@kernel
+@compiled
 def colour(
     dyes: NDArray[np.float32],
     nodes: NDArray[np.float32],

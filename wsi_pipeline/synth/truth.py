@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.synth.glands import outline
-from wsi_pipeline.synth.noise import kernel
 from wsi_pipeline.synth.nuclei import CLASS, CLASSES, GLAND, VACUOLE, X, Y, boundary_point
 from wsi_pipeline.synth.world import Scene, World
 
@@ -56,7 +56,7 @@ class TruthPart:
     """Shapely polygons in level-0 pixels."""
 
 
-@kernel
+@compiled
 def _outlines(nuclei: NDArray[np.float64], points: NDArray[np.float64]) -> None:
     vertices = points.shape[1]
     for k in range(nuclei.shape[0]):

@@ -20,9 +20,9 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.geometry import Box
-from wsi_pipeline.synth.noise import kernel
 from wsi_pipeline.synth.tiff import BigTiff, Page
 from wsi_pipeline.synth.truth import TruthPart, TruthWriter, make_truth
 from wsi_pipeline.synth.world import World
@@ -236,7 +236,7 @@ def _shrink(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return small
 
 
-@kernel
+@compiled
 def _average(image: NDArray[np.uint8], small: NDArray[np.uint8]) -> None:
     for r in range(small.shape[0]):
         for c in range(small.shape[1]):
