@@ -81,18 +81,10 @@ def standardise(network: nn.Module, pixels_BCHW: torch.Tensor) -> None:
 
     Random weights saturate the softmax otherwise, and saturated maps agree whatever is wrong.
     """
-    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
-    made: dict[nn.Conv2d, torch.Tensor] = {}
-    hooks = [
-        m.register_forward_hook(lambda module, _, out: made.__setitem__(module, out))
-        for m in convolutions
-    ]
     with torch.no_grad():
-        logits = network(pixels_BCHW)
-        for hook in hooks:
-            hook.remove()
-        for out in logits.values():
-            last = next(m for m, seen in made.items() if seen is out)
+        for name, out in network(pixels_BCHW).items():
+            head = network.get_submodule(f"heads.{name}")
+            last = [module for module in head.modules() if isinstance(module, nn.Conv2d)][-1]
             mean, deviation = out.mean((0, 2, 3)), out.std((0, 2, 3)).clamp(min=1e-6)
             last.weight /= deviation[:, None, None, None]
             last.bias.sub_(mean).div_(deviation)

@@ -6,7 +6,16 @@ from torch import nn
 from torch.nn import functional
 
 from wsi_pipeline import blocks
-from wsi_pipeline.blocks import BasicBlock, conv_unit, fold_batch_norms, rectified, summed
+from wsi_pipeline.blocks import (
+    BasicBlock,
+    conv_unit,
+    cropped,
+    enlarged,
+    fold_batch_norms,
+    in_strips,
+    rectified,
+    summed,
+)
 
 CASES = [(3, 8, 3, 2), (8, 8, 3, 1), (8, 24, 1, 1), (5, 7, 3, 1)]
 
@@ -82,3 +91,61 @@ def test_without_onednn_the_steps_are_separate(monkeypatch):
         monkeypatch.setattr(blocks, "_ONEDNN", False)
         monkeypatch.setattr(blocks, "_fused", None)  # calling it would fail
         torch.testing.assert_close(rectified(conv, nn.Identity(), x), fused, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 1, 1), (2, 3, 4, 7), (1, 64, 9, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_doubling_by_rows_and_columns_is_bilinear(shape, dtype):
+    x = some(*shape, dtype=dtype)
+    exact = functional.interpolate(x.float(), scale_factor=2, mode="bilinear", align_corners=False)
+    with torch.inference_mode():
+        found = blocks._doubled(x)
+    assert found.dtype is dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    atol = 1e-6 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(found.float(), exact, atol=atol, rtol=1e-2)
+
+
+def test_only_bf16_without_gradients_is_doubled_by_rows_and_columns(monkeypatch):
+    monkeypatch.setattr(blocks, "_doubled", lambda _: "by rows and columns")
+    half, full = some(1, 3, 4, 4, dtype=torch.bfloat16), some(1, 3, 4, 4)
+    with torch.inference_mode():
+        assert enlarged(half, 2) == "by rows and columns"
+        assert enlarged(half, 4).shape == (1, 3, 16, 16)
+        assert enlarged(full, 2).shape == (1, 3, 8, 8)
+    assert enlarged(half, 2).shape == (1, 3, 8, 8)
+
+
+def test_a_margin_is_cut_off_every_scale():
+    maps = [some(1, 2, 64, 32), some(1, 2, 16, 8)]
+    fine, coarse = cropped(maps, 8, (1, 4))
+    assert torch.equal(fine, maps[0][:, :, 8:56, 8:24])
+    assert torch.equal(coarse, maps[1][:, :, 2:14, 2:6])
+    assert cropped(maps, 0, (1, 4))[0] is maps[0]
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 4 * 8 * 12 * 20])
+def test_strips_give_the_whole(strip_bytes, monkeypatch):
+    first, second = convolution(8, 8, 3, 1, torch.float32), convolution(8, 8, 3, 1, torch.float32)
+    seen = []
+
+    def stage(coarse, fine):
+        seen.append(fine.shape[2])
+        return second(first(enlarged(coarse, 2) + fine).relu())
+
+    coarse, fine = some(1, 8, 35, 6), some(1, 8, 70, 12, seed=1)
+    with torch.inference_mode():
+        whole = stage(coarse, fine)
+        monkeypatch.setattr(blocks, "_STRIP_BYTES", strip_bytes)
+        seen.clear()
+        strips = in_strips(stage, coarse, fine)
+    assert len(seen) > 2
+    assert max(seen) < 70
+    torch.testing.assert_close(strips, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_what_learns_is_not_cut_into_strips(monkeypatch):
+    monkeypatch.setattr(blocks, "_STRIP_BYTES", 1)
+    seen = []
+    in_strips(lambda c, f: seen.append(f.shape[2]), some(1, 8, 35, 6), some(1, 8, 70, 12))
+    assert seen == [70]

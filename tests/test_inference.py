@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -136,6 +137,24 @@ def test_blocks_are_what_the_network_says_about_their_pixels(bundle, slide):
                 assert np.abs(found - kept * 255).max() <= 0.5 + 1e-3
         keys = {"nuclei/prob", "nuclei-class/class", "gland/prob", "tissue/prob", "tissue/class"}
         assert set(block.arrays) == keys
+
+
+def test_what_decoders_do_not_see_changes_nothing(slide, tmp_path):
+    spec = dataclasses.replace(SPEC, halo_px=96)
+    torch.manual_seed(0)
+    bundle = save_bundle(tmp_path / "wide", spec, build_network(spec).eval(), card="test")
+    cropping, whole = load(bundle), load(bundle)
+    assert cropping._margin_px == 48
+    whole._margin_px = 0
+    tiles, found = predict(cropping, slide)
+    _, wanted = predict(whole, slide)
+    assert len(found) == len(wanted) == len(tiles.tiles)
+    for own, other in zip(found, wanted, strict=True):
+        for key, values in own.arrays.items():
+            if key.endswith("/prob"):
+                assert np.abs(values.astype(int) - other.arrays[key]).max() <= 1
+            else:
+                assert (values != other.arrays[key]).mean() < 1e-3
 
 
 @pytest.mark.parametrize(

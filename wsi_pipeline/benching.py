@@ -77,7 +77,9 @@ def bench_command(
     with plain_errors(), signals() as caught:
         from wsi_pipeline.bench import BenchOptions, bench
         from wsi_pipeline.durable import durable_file
+        from wsi_pipeline.machine import keep_freed_memory
 
+        keep_freed_memory()  # as wsi-run does
         asked = BenchOptions(**options)
         with tempfile.TemporaryDirectory(prefix="wsi-bench-", dir=scratch) as folder:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ __all__ = [
     "begin_undecided",
     "check_input",
     "conv_unit",
+    "cropped",
     "enlarged",
     "fold_batch_norms",
+    "in_strips",
     "initialise",
     "rectified",
     "summed",
@@ -27,6 +30,8 @@ __all__ = [
 
 INPUT_MULTIPLE = 16
 """Height and width of an input are multiples of this: the total stride of the encoders."""
+_STRIP_BYTES = 8 << 20
+"""Of one map in a strip: what is computed from it next finds it in the cache."""
 _ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
@@ -164,9 +169,87 @@ def enlarged(logits_BCHW: Tensor, times: int) -> Tensor:
     """
     if times == 1:
         return logits_BCHW
+    if times == 2 and logits_BCHW.dtype == torch.bfloat16 and _is_inference(logits_BCHW):
+        return _doubled(logits_BCHW)
     return functional.interpolate(
         logits_BCHW, scale_factor=times, mode="bilinear", align_corners=False
     )
+
+
+def _doubled(x_BCHW: Tensor) -> Tensor:
+    """Do what ``interpolate`` does at twice the speed: its bf16 loops on CPUs are scalar.
+
+    Rows, then columns; each result is three parts its nearest pixel and one part the next.
+    """
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    batch, height, width, channels = x_BHWC.shape
+    tall = x_BHWC.new_empty(batch, height, 2, width, channels)
+    _blend(x_BHWC, tall[:, :, 0], tall[:, :, 1], axis=1)
+    tall_BHWC = tall.view(batch, 2 * height, width, channels)
+    wide = x_BHWC.new_empty(batch, 2 * height, width, 2, channels)
+    _blend(tall_BHWC, wide[:, :, :, 0], wide[:, :, :, 1], axis=2)
+    return wide.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+def _blend(x: Tensor, before: Tensor, after: Tensor, *, axis: int) -> None:
+    """Write the points a quarter before and after each pixel along an axis; ends repeat."""
+    count = x.shape[axis]
+    first, last = x.narrow(axis, 0, count - 1), x.narrow(axis, 1, count - 1)
+    torch.lerp(last, first, 0.25, out=before.narrow(axis, 1, count - 1))
+    before.select(axis, 0).copy_(x.select(axis, 0))
+    torch.lerp(first, last, 0.25, out=after.narrow(axis, 0, count - 1))
+    after.select(axis, count - 1).copy_(x.select(axis, count - 1))
+
+
+def cropped(maps: Sequence[Tensor], margin: int, scales: Sequence[int]) -> list[Tensor]:
+    """Cut a margin off maps of several scales.
+
+    Args:
+        maps: ``(B, C, H / scale, W / scale)``.
+        margin: input pixels on every side, a multiple of all scales.
+        scales: input pixels that a pixel of each map spans.
+    """
+    if not margin:
+        return list(maps)
+    views = []
+    for map_BCHW, scale in zip(maps, scales, strict=True):
+        cut, (height, width) = margin // scale, map_BCHW.shape[-2:]
+        views.append(map_BCHW[:, :, cut : height - cut, cut : width - cut])
+    return views
+
+
+def in_strips(
+    stage: Callable[[Tensor, Tensor], Tensor], coarse_BCHW: Tensor, fine_BCHW: Tensor
+) -> Tensor:
+    """Compute ``stage(coarse, fine)``; on a CPU strip by strip, so that maps stay in its cache.
+
+    The result is the same (up to how sums of its size are rounded) and the whole map, the
+    largest there is, is never in memory.
+
+    Args:
+        stage: doubles the coarse map, adds the fine one and looks at most two rows up and down.
+        coarse_BCHW: ``(B, C, H / 2, W / 2)``.
+        fine_BCHW: ``(B, C', H, W)``.
+
+    Returns:
+        What the stage does, ``(B, C'', H, W)``.
+    """
+    height = fine_BCHW.shape[2]
+    row_bytes = fine_BCHW[:, :, 0].numel() * fine_BCHW.element_size()
+    rows = max(16, _STRIP_BYTES // row_bytes // 2 * 2)
+    if rows >= height or not _is_inference(fine_BCHW):
+        return stage(coarse_BCHW, fine_BCHW)
+    strips = []
+    for top in range(0, height, rows):
+        # Two rows for the stage, one for the interpolation, and an even number.
+        first, last = max(0, top - 4), min(height, top + rows + 4)
+        strip = stage(coarse_BCHW[:, :, first // 2 : last // 2], fine_BCHW[:, :, first:last])
+        strips.append(strip[:, :, top - first : top - first + rows])
+    return torch.cat(strips, 2)
+
+
+def _is_inference(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def fold_batch_norms(network: nn.Module) -> None:

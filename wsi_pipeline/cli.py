@@ -132,7 +132,9 @@ def run(
     )
     with plain_errors(), signals() as caught:
         from wsi_pipeline.api import execute, plan_run
+        from wsi_pipeline.machine import keep_freed_memory
 
+        keep_freed_memory()
         plan = plan_run(
             slides,
             out,

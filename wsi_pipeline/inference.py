@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_pipeline.blocks import enlarged, fold_batch_norms
+from wsi_pipeline.blocks import INPUT_MULTIPLE, cropped, enlarged, fold_batch_norms
 from wsi_pipeline.bundle import ModelBundle
 from wsi_pipeline.device import (
     DTYPES,
@@ -109,6 +109,9 @@ class TorchPredictor:
         # Tiles the device takes at once; out-of-memory halves it. A CPU gains nothing by more
         # than one, and its kernels round differently by the number.
         self._limit = 1 if device == "cpu" else batch_size
+        # What lies further out only the encoder has to see.
+        decoder_halo_px = getattr(network, "decoder_halo_px", halo_px)
+        self._margin_px = max(0, halo_px - decoder_halo_px) // INPUT_MULTIPLE * INPUT_MULTIPLE
         fold_batch_norms(network)
         network = network.to(device=device, dtype=DTYPES[precision])
         self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -242,30 +245,36 @@ class TorchPredictor:
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
-            logits = self._network(x_BCHW)
+            how = {"margin": self._margin_px} if self._margin_px else {}
+            logits = self._network(x_BCHW, **how)
         maps: dict[str, Tensor] = {}
         for head in self.spec.heads:
             maps |= self._maps(head, logits[head.name])
         return maps
 
     def _maps(self, head: HeadSpec, logits_BCHW: Tensor) -> dict[str, Tensor]:
-        read_px = self.tile_px + 2 * self.halo_px
-        scale = read_px // logits_BCHW.shape[-1]
+        around = self.halo_px - self._margin_px  # pixels of context that are still there
+        scale = (self.tile_px + 2 * around) // logits_BCHW.shape[-1]
         if scale > head.stride and scale % head.stride == 0:
+            # Interpolation needs one logit beyond the box.
+            beyond = min(around, scale)
+            (logits_BCHW,) = cropped([logits_BCHW], around - beyond, [scale])
             logits_BCHW = enlarged(logits_BCHW, scale // head.stride)
-            scale = head.stride
-        if head.stride % scale or self.halo_px % scale:
+            around, scale = beyond, head.stride
+        if head.stride % scale or around % scale:
             msg = f"head {head.name!r}: stride {head.stride} on logits of scale {scale}"
             raise ModelBundleError(msg)
-        kept = slice(self.halo_px // scale, (self.halo_px + self.tile_px) // scale)
-        kept_BCHW = logits_BCHW[:, :, kept, kept].float()
+        (kept_BCHW,) = cropped([logits_BCHW], around, [scale])
+        kept_BCHW = kept_BCHW.to(torch.float32, memory_format=torch.channels_last)
         # A detect head's channels do not exclude each other.
         prob_BCHW = kept_BCHW.sigmoid() if head.kind == "detect" else kept_BCHW.softmax(1)
         if head.stride > scale:
             prob_BCHW = functional.avg_pool2d(prob_BCHW, head.stride // scale)
         maps = {}
         if head.has_class_map:
-            maps[f"{head.name}/class"] = prob_BCHW.argmax(1).to(torch.uint8)
+            # A CPU takes twelve times as long where channels are not beside each other.
+            beside = prob_BCHW.contiguous(memory_format=torch.channels_last)
+            maps[f"{head.name}/class"] = beside.argmax(1).to(torch.uint8)
         if head.prob_channels:
             first = 1 if head.kind == "instance" else 0  # an instance head's background
             maps[f"{head.name}/prob"] = (

@@ -24,7 +24,9 @@ from wsi_pipeline.blocks import (
     begin_undecided,
     check_input,
     conv_unit,
+    cropped,
     enlarged,
+    in_strips,
     initialise,
     summed,
 )
@@ -75,8 +77,11 @@ class CerberusLite(nn.Module):
             logits = self.heads[head.name].get_submodule("logits")
             begin_undecided(logits, few=head.kind == "detect")
 
+    decoder_halo_px = 48
+    """Input pixels around a logit that a decoder looks at in the encoder's maps: 45 at most."""
+
     def forward(
-        self, x_BCHW: Tensor, rows: Mapping[str, Tensor] | None = None
+        self, x_BCHW: Tensor, rows: Mapping[str, Tensor] | None = None, *, margin: int = 0
     ) -> dict[str, Tensor]:
         """Compute the logits of the heads.
 
@@ -84,12 +89,14 @@ class CerberusLite(nn.Module):
             x_BCHW: ``(B, 3, H, W)`` floats 0..255, RGB.
             rows: for each wanted head, ``(n,)`` int64 indices of the samples it is computed
                 for. None: every head for every sample.
+            margin: input pixels on every side, a multiple of 16, that only the encoder sees.
+                The logits of those further than :attr:`decoder_halo_px` from them are the same.
 
         Returns:
-            ``(n, C, H / scale, W / scale)`` logits a head.
+            ``(n, C, H / scale, W / scale)`` logits a head, without the margin.
         """
         check_input(x_BCHW)
-        maps = self.encoder(x_BCHW / 255)
+        maps = cropped(self.encoder(x_BCHW / 255), margin, SCALES)
         logits = {}
         for name, head in self.heads.items():
             if rows is not None and name not in rows:
@@ -141,15 +148,22 @@ class _Decoder(nn.Module):
         self.logits = nn.Conv2d(decoder[0], channels, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        steps = list(zip(self.project, self.units, maps[-len(self.project) :], strict=True))
+        finest, *coarser = zip(self.project, self.units, maps[-len(self.project) :], strict=True)
         x_BCHW: Tensor | None = None
-        for project, unit, map_BCHW in reversed(steps):
+        for project, unit, map_BCHW in reversed(coarser):
             if x_BCHW is None:
                 x_BCHW = unit(project(map_BCHW))
             else:
                 x_BCHW = unit(summed(project, map_BCHW, enlarged(x_BCHW, 2)))
-        logits_BCHW: Tensor = self.logits(x_BCHW)
-        return logits_BCHW
+        project, unit, map_BCHW = finest
+        if x_BCHW is None:
+            logits_BCHW: Tensor = self.logits(unit(project(map_BCHW)))
+            return logits_BCHW
+        return in_strips(
+            lambda coarse, fine: self.logits(unit(summed(project, fine, enlarged(coarse, 2)))),
+            x_BCHW,
+            map_BCHW,
+        )
 
 
 def _check_heads(heads: Sequence[HeadSpec], scales: Mapping[str, int]) -> None:

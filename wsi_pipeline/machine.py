@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 
 import psutil
 
-__all__ = ["available_cpus", "peak_rss_mb", "total_memory"]
+__all__ = ["available_cpus", "keep_freed_memory", "peak_rss_mb", "total_memory"]
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Of ``mallopt`` in glibc's malloc.h."""
 
 
 def available_cpus() -> int:
@@ -27,3 +31,23 @@ def peak_rss_mb() -> float:
 def total_memory() -> int:
     """Return the machine's memory in bytes."""
     return int(psutil.virtual_memory().total)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it has freed, for what it allocates next.
+
+    glibc returns blocks of more than 32 MiB to the system, and asks for fresh ones, page by page
+    and zeroed, at the next allocation. A network on a CPU does so for every map: a convolution of
+    large maps then takes twice as long. For the processes of commands; a library must not
+    decide this for the program it is in.
+
+    Returns:
+        Whether it does; False without glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))

@@ -43,6 +43,9 @@ from wsi_pipeline.blocks import (
     begin_undecided,
     check_input,
     conv_unit,
+    cropped,
+    enlarged,
+    in_strips,
     initialise,
 )
 from wsi_pipeline.comparison import SegNet, UNet
@@ -56,6 +59,8 @@ __all__ = ["INPUT_MULTIPLE", "Cerberus", "build_network"]
 
 PATCH_CELLS = 9
 """Bottleneck cells a side that a patch prediction averages: 144 input pixels."""
+SCALES = (1, 2, 4, 8, 16)
+"""Input pixels that a pixel of each encoder map spans."""
 
 
 def build_network(spec: ModelSpec) -> nn.Module:
@@ -126,8 +131,12 @@ class Cerberus(nn.Module):
             last = "conv2" if head.kind == "patch" else "output.logits"
             begin_undecided(self.heads[head.name].get_submodule(last), few=head.kind == "detect")
 
+    decoder_halo_px = 48
+    """Input pixels around a logit that a decoder looks at in the encoder's maps: 45, see
+    :meth:`forward`."""
+
     def forward(
-        self, x_BCHW: Tensor, rows: Mapping[str, Tensor] | None = None
+        self, x_BCHW: Tensor, rows: Mapping[str, Tensor] | None = None, *, margin: int = 0
     ) -> dict[str, Tensor]:
         """Compute the logits of the heads.
 
@@ -135,21 +144,28 @@ class Cerberus(nn.Module):
             x_BCHW: ``(B, 3, H, W)`` floats 0..255, RGB.
             rows: for each wanted head, ``(n,)`` int64 indices of the samples it is computed
                 for. None: every head for every sample.
+            margin: input pixels on every side, a multiple of 16, that only the encoder sees.
+                The logits of those further than :attr:`decoder_halo_px` from them are the same.
 
         Returns:
-            ``(n, C, H, W)`` logits a segmentation head, ``(n, C, H/16, W/16)`` a patch head.
+            ``(n, C, H, W)`` logits a segmentation head, ``(n, C, H/16, W/16)`` a patch head,
+            both without the margin.
         """
         check_input(x_BCHW)
-        *skips, bottleneck = self.encoder(x_BCHW / 255)
+        maps = self.encoder(x_BCHW / 255)
+        *skips, inner = cropped(maps, margin, SCALES)
         wanted = {n: head for n, head in self.heads.items() if rows is None or n in rows}
         patches = [isinstance(head, _PatchHead) for head in wanted.values()]
-        mapped = bottleneck if all(patches) else self.project(bottleneck)
+        mapped = inner if all(patches) else self.project(inner)
         logits = {}
         for name, head in wanted.items():
-            inputs = [bottleneck] if isinstance(head, _PatchHead) else [mapped, *skips]
+            is_patch = isinstance(head, _PatchHead)
+            inputs = [maps[-1]] if is_patch else [mapped, *skips]
             if rows is not None and len(rows[name]) < len(x_BCHW):
                 inputs = [map_BCHW[rows[name]] for map_BCHW in inputs]
             logits[name] = head(*inputs)
+            if is_patch:  # its mean reaches further than a decoder
+                (logits[name],) = cropped([logits[name]], margin, SCALES[-1:])
         return logits
 
 
@@ -194,14 +210,14 @@ class _SegmentationHead(nn.Module):
         )
 
     def forward(self, mapped_BCHW: Tensor, *skips: Tensor) -> Tensor:
+        finest, *others = skips
+        *stages, last = self.stages
         x_BCHW = mapped_BCHW
-        for stage, skip_BCHW in zip(self.stages, reversed(skips), strict=True):
-            x_BCHW = functional.interpolate(
-                x_BCHW, scale_factor=2, mode="bilinear", align_corners=False
-            )
-            x_BCHW = stage(x_BCHW + skip_BCHW)
-        logits_BCHW: Tensor = self.output(x_BCHW)
-        return logits_BCHW
+        for stage, skip_BCHW in zip(stages, reversed(others), strict=True):
+            x_BCHW = stage(enlarged(x_BCHW, 2).add_(skip_BCHW))
+        return in_strips(
+            lambda coarse, fine: self.output(last(enlarged(coarse, 2).add_(fine))), x_BCHW, finest
+        )
 
 
 class _PatchHead(nn.Module):
