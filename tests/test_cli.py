@@ -179,7 +179,7 @@ def test_every_option_changes_something(slides, finished, tmp_path):
     assert read_metadata(table)["options"]["tile_px"] == 256
     options = json.loads((out / "run.json").read_text())["options"]
     assert (options["batch_size"], options["workers"]) == (2, 1)
-    out, _ = go("--memory", "900M", "--device", "cpu")
+    out, _ = go("--memory", "860M", "--device", "cpu")
     assert read_metadata(out / "objects" / "two.parquet")["options"]["tile_px"] < 1024
     masks = tmp_path / "masks"
     masks.mkdir()

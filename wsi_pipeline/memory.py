@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from wsi_pipeline.errors import JobError
@@ -40,6 +40,7 @@ EXTRACTOR = 60 * MIB
 """A thread that turns windows of maps into objects."""
 CANVASES = 192 * MIB
 """At most for the canvases that the slide is decoded into; see ``Slide.band_bytes``."""
+SMALL_CANVASES = 64 * MIB
 BATCHES = 4
 """Batches of pixels at once: being filled, two waiting, with the network."""
 BLOCKS = 4
@@ -148,7 +149,6 @@ def fit_sizes(
         JobError: the cap that was given is not a size, or less than the least that is needed.
     """
     most = default_cap(on_host=demand.on_host) if cap is None else parse_size(cap)
-    wanted = replace(wanted, canvas_bytes=min(wanted.canvas_bytes, most // 8))
     for sizes in _candidates(demand, wanted, fixed):
         if demand.peak(sizes) <= most:
             return sizes
@@ -170,7 +170,7 @@ _OPTIONS = {"tile_px": "tile-size", "batch_size": "batch-size", "extractors": "w
 
 
 def _candidates(demand: Demand, wanted: Sizes, fixed: Sequence[str]) -> Iterator[Sizes]:
-    """Yield sizes to try: fewer threads cost least, then smaller batches, then smaller tiles."""
+    """Yield sizes to try: smaller canvases and fewer threads cost least, then smaller batches, then smaller tiles."""
     tiles, batches = [wanted.tile_px], [wanted.batch_size]
     threads = [wanted.extractors]
     if "tile_px" not in fixed:
@@ -181,8 +181,14 @@ def _candidates(demand: Demand, wanted: Sizes, fixed: Sequence[str]) -> Iterator
         batches.append(batches[-1] // 2)
     if "extractors" not in fixed:
         threads += range(wanted.extractors - 1, 0, -1)
-    for tile_px, batch_size, extractors in product(tiles, batches, threads):
-        yield replace(wanted, tile_px=tile_px, batch_size=batch_size, extractors=extractors)
+    canvases = [wanted.canvas_bytes, SMALL_CANVASES]
+    for tile_px, batch_size, extractors, canvas_bytes in product(tiles, batches, threads, canvases):
+        yield Sizes(
+            tile_px=tile_px,
+            batch_size=batch_size,
+            extractors=extractors,
+            canvas_bytes=canvas_bytes,
+        )
 
 
 def _mib(size: int) -> str:
