@@ -51,7 +51,8 @@ def test_a_smaller_cap_gives_smaller_sizes_that_fit():
 def test_threads_go_before_batches_and_batches_before_tiles():
     gpu = replace(FULL, on_host=False)
     wanted = Sizes(tile_px=2048, batch_size=8, extractors=16)
-    caps = [gpu.peak(wanted) - 1, gpu.peak(replace(wanted, extractors=1)) - 1]
+    small = replace(wanted, extractors=1, canvas_bytes=memory.SMALL_CANVASES)
+    caps = [gpu.peak(replace(small, extractors=4)), gpu.peak(small) - 1]
     fewer, smaller = (fit_sizes(gpu, wanted, cap=cap) for cap in caps)
     assert (fewer.tile_px, fewer.batch_size) == (2048, 8)
     assert fewer.extractors < 16
@@ -106,21 +107,19 @@ def test_the_predictor_takes_sizes_from_the_cap():
     assert (sizes[1].tile_px, sizes[1].extractors) <= (sizes[0].tile_px, sizes[0].extractors)
 
 
-def test_columns_of_tiles_are_narrower_where_canvases_are_larger(tmp_path):
+def test_columns_of_tiles_are_as_wide_as_their_canvases_may_be(tmp_path):
     path = tmp_path / "a.svs"
     write_slide(path, width=1024, height=1024, mpp=0.25, seed=1, truth=False)
     predictor = TorchPredictor.load(find_bundle("stain-baseline"), device="cpu", tile_size=1024)
-    panels = []
-    with Slide.open(str(path)) as reduced, Slide.open(str(path), mpp=0.27) as resampled:
-        for slide in (reduced, resampled):
-            grid = slide.working_grid(0.5)
-            panel = _panel_px(slide, grid, predictor)
-            side = predictor.tile_px + 2 * predictor.halo_px
-            width = panel + 2 * predictor.halo_px
-            assert slide.band_bytes(grid, (width, side)) <= predictor.canvas_bytes
-            panels.append(panel)
-    assert panels[0] == PANEL_PX
-    assert panels[1] < PANEL_PX
+    with Slide.open(str(path)) as slide:
+        grid = slide.working_grid(0.5)
+        assert _panel_px(slide, grid, predictor) == PANEL_PX
+        margin = 2 * predictor.halo_px
+        width, side = 8 * predictor.tile_px + margin, predictor.tile_px + margin
+        predictor.canvas_bytes = slide.band_bytes(grid, (width, side))
+        assert _panel_px(slide, grid, predictor) == 8 * predictor.tile_px
+        predictor.canvas_bytes = 1
+        assert _panel_px(slide, grid, predictor) == predictor.tile_px
 
 
 def test_a_run_keeps_to_its_cap(tmp_path):

@@ -170,7 +170,7 @@ _OPTIONS = {"tile_px": "tile-size", "batch_size": "batch-size", "extractors": "w
 
 
 def _candidates(demand: Demand, wanted: Sizes, fixed: Sequence[str]) -> Iterator[Sizes]:
-    """Yield sizes to try: smaller canvases and fewer threads cost least, then smaller batches, then smaller tiles."""
+    """Yield sizes to try: small canvases cost least, then few threads, small batches, tiles."""
     tiles, batches = [wanted.tile_px], [wanted.batch_size]
     threads = [wanted.extractors]
     if "tile_px" not in fixed:
