@@ -179,6 +179,10 @@ def test_every_option_changes_something(slides, finished, tmp_path):
     assert read_metadata(table)["options"]["tile_px"] == 256
     options = json.loads((out / "run.json").read_text())["options"]
     assert (options["batch_size"], options["workers"]) == (2, 1)
+    out, _ = go("--memory", "2G", "--device", "cpu")
+    assert json.loads((out / "run.json").read_text())["options"]["memory"] == "2G"
+    refused = invoke(run, slides / "two.svs", "--out", out, "--memory", "99M", *BASELINE)
+    assert (refused.exit_code, "needs at least" in refused.output) == (2, True)
     masks = tmp_path / "masks"
     masks.mkdir()
     Image.fromarray(np.kron([[255, 0]], np.ones((90, 50))).astype(np.uint8)).save(masks / "two.png")

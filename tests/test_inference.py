@@ -241,6 +241,55 @@ def test_out_of_memory_halves_the_batch(bundle, slide, monkeypatch):
         predict(predictor, slide)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_cuts_a_tile_into_pieces_that_are_as_right(bundle, slide, monkeypatch, error):
+    _, small = predict(load(bundle, tile_size=64), slide)
+    predictor = load(bundle, tile_size=128)
+    network, widths = predictor._network, []
+
+    def limited(x_BCHW):
+        widths.append(x_BCHW.shape[-1])
+        if x_BCHW.shape[-1] > 128:
+            raise error
+        return network(x_BCHW)
+
+    monkeypatch.setattr(predictor, "_network", limited)
+    told = []
+    tiles = TileGrid.cover(slide.grid, tile_px=128, halo_px=32)
+    found = list(predictor.predict(slide, tiles, warn=lambda *said: told.append(said)))
+    assert widths[0] == 192
+    assert set(widths[1:]) == {128}
+    ((code, message),) = told
+    assert code == "out_of_memory"
+    assert "pieces of 64 px" in message
+    place = {(block.tile.write.x, block.tile.write.y): block for block in small}
+    for block in found:
+        for x, y in [(0, 0), (64, 0), (0, 64), (64, 64)]:
+            piece = place.get((block.tile.write.x + x, block.tile.write.y + y))
+            for key, expected in piece.arrays.items() if piece else ():
+                stride = SPEC.maps[key].stride
+                part = block.arrays[key][..., y // stride :, x // stride :]
+                part = part[..., : expected.shape[-2], : expected.shape[-1]]
+                np.testing.assert_array_equal(part, expected)
+
+
+def test_the_next_slide_is_told_of_pieces_too(bundle, slide):
+    predictor = load(bundle, tile_size=128)
+    predictor._piece_px = 64
+    told = []
+    tiles = TileGrid.cover(slide.grid, tile_px=128, halo_px=32)
+    for _ in range(2):
+        list(predictor.predict(slide, tiles, warn=lambda *said: told.append(said)))
+    assert len(told) == 2
+
+
 def test_other_errors_of_the_network_are_not_mistaken(bundle, slide, monkeypatch):
     predictor = load(bundle)
 

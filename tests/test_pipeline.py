@@ -53,6 +53,8 @@ class StubPredictor:
     device = "cpu"
     precision = "fp32"
     halo_px = 32
+    canvas_bytes = 1 << 28
+    extractors = 2
 
     def __init__(self, tile_px: int = 256, fail_at: int | None = None, error=RuntimeError):
         self.tile_px = tile_px
@@ -60,7 +62,7 @@ class StubPredictor:
         self.error = error
         self.seen: list[tuple[int, int]] = []
 
-    def predict(self, slide, tiles, *, stop):
+    def predict(self, slide, tiles, *, stop, warn):
         for number, tile in enumerate(tiles.tiles):
             if stop():
                 return

@@ -21,7 +21,8 @@ from wsi_pipeline.batch import (
 from wsi_pipeline.engines import Watcher, run_slides
 from wsi_pipeline.errors import JobError, ModelBundleError
 from wsi_pipeline.job import RunReport, SlideJob
-from wsi_pipeline.machine import available_cpus
+from wsi_pipeline.machine import peak_rss_mb
+from wsi_pipeline.memory import parse_size
 
 if TYPE_CHECKING:
     from wsi_pipeline.bundle import ModelBundle
@@ -126,6 +127,7 @@ def execute(
     batch_size: int | Literal["auto"] = "auto",
     tile_size: int | Literal["auto"] = "auto",
     workers: int | Literal["auto"] = "auto",
+    memory: int | str | None = None,
     overwrite: bool = False,
     retry_failed: bool = True,
     fail_fast: bool = False,
@@ -139,18 +141,22 @@ def execute(
         "tile_size": tile_size,
         "batch_size": batch_size,
         "workers": workers,
+        "memory": memory,
     }
     plan, predictor = _begin(plan, options, overwrite=overwrite)
-    return run_slides(
+    reports = run_slides(
         plan.jobs,
         predictor,
         watcher=watcher or _Silent(),
         stop=stop,
-        workers=available_cpus() if workers == "auto" else workers,
+        workers=predictor.extractors,
         overwrite=overwrite,
         retry_failed=retry_failed,
         fail_fast=fail_fast,
     )
+    if memory is not None and peak_rss_mb() * (1 << 20) > parse_size(memory):
+        log.warning("the run held %.0f MiB, more than --memory %s", peak_rss_mb(), memory)
+    return reports
 
 
 def run(
@@ -163,6 +169,7 @@ def run(
     batch_size: int | Literal["auto"] = "auto",
     tile_size: int | Literal["auto"] = "auto",
     workers: int | Literal["auto"] = "auto",
+    memory: int | str | None = None,
     mpp: float | None = None,
     mask_dir: str | os.PathLike[str] | None = None,
     shard: str | None = None,
@@ -183,6 +190,9 @@ def run(
         batch_size: tiles the network sees at a time.
         tile_size: side of a tile in pixels of the model's mpp, a multiple of 16.
         workers: threads that read the slide, and that extract objects.
+        memory: what the process holds at most on the host, bytes or a text such as ``"8G"``;
+            tiles, batches and threads that are ``auto`` follow from it. None: 3 GiB on a CPU,
+            less where the machine, the container or the job has less than 4.
         mpp: pixel size of level 0 in micrometres, overrides what the files say.
         mask_dir: folder of own tissue masks, ``<slide_id>.png``, any resolution.
         shard: ``"I/N"`` takes every N-th slide from the I-th on (from 0), or ``"auto"``.
@@ -216,6 +226,7 @@ def run(
         batch_size=batch_size,
         tile_size=tile_size,
         workers=workers,
+        memory=memory,
         overwrite=overwrite,
         retry_failed=retry_failed,
         fail_fast=fail_fast,

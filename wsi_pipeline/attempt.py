@@ -28,7 +28,7 @@ from wsi_pipeline.job import (
     folder_facts,
     versions,
 )
-from wsi_pipeline.machine import peak_rss_mb
+from wsi_pipeline.machine import peak_rss_mb, release_memory
 
 __all__ = ["Attempt", "record", "refuse"]
 
@@ -72,6 +72,8 @@ class Attempt:
         try:
             yield
         finally:
+            # What one stage hoards, the next would add to.
+            release_memory()
             self.add_seconds(name, time.perf_counter() - begun)
         self.log("stage", stage=name, seconds=round(self.report.seconds[name], 3))
 

@@ -58,6 +58,12 @@ def wsi() -> None:
 )
 @arithmetic_options
 @click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What the process may hold on the host, such as 8G or 900M: tiles, batches and threads "
+    "that are 'auto' follow from it.  [default: 3G on a CPU, less on a smaller machine or job]",
+)
+@click.option(
     "--mpp",
     type=float,
     metavar="FLOAT",

@@ -12,19 +12,12 @@ one by one: a tile's bytes cannot depend on the tiles it shares a batch with.
 
 from __future__ import annotations
 
+import copy
 import logging
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,37 +31,19 @@ from wsi_pipeline.device import (
     choose_precision,
 )
 from wsi_pipeline.errors import JobError, ModelBundleError, OutOfMemoryError
-from wsi_pipeline.geometry import Box, PixelGrid
+from wsi_pipeline.feeding import Batch, Feeder, WindowReader
+from wsi_pipeline.machine import available_cpus
+from wsi_pipeline.memory import CANVASES, Demand, Sizes, fit_sizes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.store import PredictionBlock
-from wsi_pipeline.tiling import Tile, TileGrid
+from wsi_pipeline.tiling import TileGrid
 
 __all__ = ["TorchPredictor", "WindowReader"]
 
 log = logging.getLogger(__name__)
 
-_WAITING_BATCHES = 2
-
-
-class WindowReader(Protocol):
-    """What prediction needs of a slide."""
-
-    def read_windows(
-        self,
-        grid: PixelGrid,
-        boxes: Sequence[Box],
-        *,
-        threads: int,
-        stop: Callable[[], bool] = ...,
-    ) -> Iterator[NDArray[np.uint8]]:
-        """Yield the pixels of each box in order, each valid until the next is asked for."""
-        ...
-
-
-@dataclass(kw_only=True, slots=True)
-class _Batch:
-    tiles: tuple[Tile, ...]
-    pixels: Tensor  # (B, H, W, 3) uint8 on the host; rows beyond the tiles are filling
+_LEAST_PIECE_PX = 64
+"""Smaller pieces of a tile would be nearly all halo."""
 
 
 class TorchPredictor:
@@ -85,6 +60,8 @@ class TorchPredictor:
         halo_px: int,
         batch_size: int,
         workers: int,
+        extractors: int = 1,
+        canvas_bytes: int = CANVASES,
     ) -> None:
         """Take a network that is ready.
 
@@ -98,6 +75,8 @@ class TorchPredictor:
             halo_px: margin around it that the network sees, a multiple of the same.
             batch_size: tiles a pass.
             workers: threads that read.
+            extractors: threads that extract objects from the maps, for whoever does.
+            canvas_bytes: of the canvases that the slide is decoded into.
         """
         self.spec = spec
         self.device = device
@@ -106,12 +85,16 @@ class TorchPredictor:
         self.halo_px = halo_px
         self.batch_size = batch_size
         self.workers = workers
+        self.extractors = extractors
+        self.canvas_bytes = canvas_bytes
         # Tiles the device takes at once; out-of-memory halves it. A CPU gains nothing by more
         # than one, and its kernels round differently by the number.
         self._limit = 1 if device == "cpu" else batch_size
         # What lies further out only the encoder has to see.
         decoder_halo_px = getattr(network, "decoder_halo_px", halo_px)
         self._margin_px = max(0, halo_px - decoder_halo_px) // INPUT_MULTIPLE * INPUT_MULTIPLE
+        # Side of the pieces in which a tile is computed; out-of-memory halves this, too.
+        self._piece_px = tile_px
         fold_batch_norms(network)
         network = network.to(device=device, dtype=DTYPES[precision])
         self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -126,6 +109,7 @@ class TorchPredictor:
         tile_size: int | str = "auto",
         batch_size: int | str = "auto",
         workers: int | str = "auto",
+        memory: int | str | None = None,
     ) -> TorchPredictor:
         """Load a bundle's network; ``auto`` chooses what suits the machine.
 
@@ -135,9 +119,10 @@ class TorchPredictor:
             precision: ``auto``, ``fp32``, ``bf16``, ``fp16``. Auto: bf16 on CUDA, and on CPUs
                 that have bf16 instructions, for networks of convolutions; else fp32.
             tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA,
-                else 1024.
+                else 1024, less where ``memory`` asks for it.
             batch_size: tiles a pass. Auto: by the memory of a CUDA device, else 1.
-            workers: threads that decode the slide.
+            workers: threads that decode the slide, and that extract objects.
+            memory: what a run holds at most on the host, see :mod:`wsi_pipeline.memory`.
 
         Raises:
             JobError: an impossible choice.
@@ -145,44 +130,69 @@ class TorchPredictor:
         """
         device = choose_device(device)
         precision = choose_precision(precision, device, architecture=bundle.spec.architecture)
-        cuda = device.startswith("cuda")
-        tile_px = _positive("tile size", tile_size, auto=2048 if cuda else 1024)
+        tile_px = _positive(
+            "tile size", tile_size, auto=2048 if device.startswith("cuda") else 1024
+        )
         strides = [head.stride for head in bundle.spec.heads]
         if tile_px % 16 or any(tile_px % stride for stride in strides):
             msg = f"tile size {tile_px} must be a multiple of 16 and of the strides {strides}"
             raise JobError(msg)
         read_px = tile_px + 2 * bundle.spec.halo_px
+        asked = {"tile_px": tile_size, "batch_size": batch_size, "extractors": workers}
+        network = bundle.load_network()
+        sizes = fit_sizes(
+            _demand(bundle.spec, network, device, precision),
+            Sizes(
+                tile_px=tile_px,
+                batch_size=_positive("batch size", batch_size, auto=auto_batch(device, read_px)),
+                extractors=_positive("workers", workers, auto=available_cpus()),
+            ),
+            cap=memory,
+            fixed=[name for name, value in asked.items() if value != "auto"],
+        )
         predictor = cls(
             bundle.spec,
-            bundle.load_network(),
+            network,
             device=device,
             precision=precision,
-            tile_px=tile_px,
+            tile_px=sizes.tile_px,
             halo_px=bundle.spec.halo_px,
-            batch_size=_positive("batch size", batch_size, auto=auto_batch(device, read_px)),
+            batch_size=sizes.batch_size,
             workers=_positive("workers", workers, auto=auto_workers(device)),
+            extractors=sizes.extractors,
+            canvas_bytes=sizes.canvas_bytes,
         )
         log.info(
             "%s on %s, %s, tiles of %d px, batches of %d, %d readers",
-            bundle.name, device, precision, tile_px, predictor.batch_size, predictor.workers,
+            bundle.name, device, precision, sizes.tile_px, sizes.batch_size, predictor.workers,
         )  # fmt: skip
         return predictor
 
     def predict(
-        self, slide: WindowReader, tiles: TileGrid, *, stop: Callable[[], bool] = lambda: False
+        self,
+        slide: WindowReader,
+        tiles: TileGrid,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        warn: Callable[[str, str], None] = lambda _code, _message: None,
     ) -> Iterator[PredictionBlock]:
         """Predict tiles in their order.
+
+        Where the memory does not suffice, batches are halved, then tiles are cut into pieces
+        that are computed one by one; so they are from then on.
 
         Args:
             slide: where the pixels come from.
             tiles: of this predictor's tile size and halo.
             stop: asked before each batch; True ends the iteration early.
+            warn: told ``out_of_memory`` and a message, once, if anything was computed in
+                smaller batches or pieces than planned.
 
         Yields:
             One block a tile. Closing the iterator ends its threads.
 
         Raises:
-            OutOfMemoryError: not even a single tile fits.
+            OutOfMemoryError: not even a piece of a tile fits.
             SlideError: the slide cannot be read.
         """
         if (tiles.tile_px, tiles.halo_px) != (self.tile_px, self.halo_px):
@@ -190,37 +200,44 @@ class TorchPredictor:
             raise ValueError(msg)
         # On a GPU the next batch is queued before the last one's maps are waited for.
         depth = 1 if self.device.startswith("cuda") else 0
-        running: deque[tuple[_Batch, dict[str, Tensor], torch.cuda.Event | None]] = deque()
-        with _Feeder(slide, tiles, self.batch_size, self.workers, pin=depth > 0) as batches:
+        warned = False
+        running: deque[tuple[Batch, dict[str, Tensor], torch.cuda.Event | None]] = deque()
+        with Feeder(slide, tiles, self.batch_size, self.workers, pin=depth > 0) as batches:
             for batch in batches:
                 if stop():
                     return
                 running.append((batch, *self._launch(batch)))
+                if self._is_reduced and not warned:
+                    warned = True
+                    warn("out_of_memory", self._how_reduced())
                 if len(running) > depth:
                     yield from self._collect(*running.popleft())
             while running and not stop():
                 yield from self._collect(*running.popleft())
 
-    def _launch(self, batch: _Batch) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    def _launch(self, batch: Batch) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Start the work for a batch; the maps are complete when the event has passed."""
         while True:
             try:
-                parts = [self._compute(part) for part in torch.split(batch.pixels, self._limit)]
+                parts = [
+                    self._compute_in_pieces(part) for part in torch.split(batch.pixels, self._limit)
+                ]
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                if self._limit == 1:
+                if self._limit == 1 and not self._can_halve_pieces:
                     msg = (
-                        f"{self.device} has too little memory for one tile of {self.tile_px} px; "
-                        "choose a smaller --tile-size"
+                        f"{self.device} has too little memory for {self._piece_px} px of a tile of "
+                        f"{self.tile_px} px; choose a smaller --tile-size"
                     )
                     raise OutOfMemoryError(msg) from error
             # Outside the handler, where the traceback no longer holds the tensors.
-            self._limit //= 2
-            log.warning(
-                "out of memory on %s: %d tiles at once from now on", self.device, self._limit
-            )
+            if self._limit > 1:
+                self._limit //= 2
+            else:
+                self._piece_px //= 2
+            log.warning("%s", self._how_reduced())
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
         maps = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -235,6 +252,44 @@ class TorchPredictor:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self.device))
         return host, done
+
+    @property
+    def _can_halve_pieces(self) -> bool:
+        half = self._piece_px // 2
+        return half >= _LEAST_PIECE_PX and not any(
+            half % side for side in (16, *(head.stride for head in self.spec.heads))
+        )
+
+    @property
+    def _is_reduced(self) -> bool:
+        planned = 1 if self.device == "cpu" else self.batch_size
+        return self._limit < planned or self._piece_px < self.tile_px
+
+    def _how_reduced(self) -> str:
+        pieces = ""
+        if self._piece_px < self.tile_px:
+            pieces = f", each in pieces of {self._piece_px} px with their own halo"
+        return (
+            f"{self.device} ran out of memory: {self._limit} of {self.batch_size} tiles of "
+            f"{self.tile_px} px at once{pieces}; values may differ by a rounding"
+        )
+
+    def _compute_in_pieces(self, pixels_BHWC: Tensor) -> dict[str, Tensor]:
+        """Compute windows as a whole, or piece by piece where memory is short."""
+        if self._piece_px == self.tile_px:
+            return self._compute(pixels_BHWC)
+        piece = copy.copy(self)
+        piece.tile_px = self._piece_px
+        side = self._piece_px + 2 * self.halo_px
+        starts = range(0, self.tile_px, self._piece_px)
+        rows = []
+        for y in starts:
+            row = [
+                piece._compute(pixels_BHWC[:, y : y + side, x : x + side].contiguous())
+                for x in starts
+            ]
+            rows.append({key: torch.cat([part[key] for part in row], -1) for key in row[0]})
+        return {key: torch.cat([row[key] for row in rows], -2) for key in rows[0]}
 
     @torch.inference_mode()
     def _compute(self, pixels_BHWC: Tensor) -> dict[str, Tensor]:
@@ -283,7 +338,7 @@ class TorchPredictor:
         return maps
 
     def _collect(
-        self, batch: _Batch, maps: dict[str, Tensor], done: torch.cuda.Event | None
+        self, batch: Batch, maps: dict[str, Tensor], done: torch.cuda.Event | None
     ) -> Iterator[PredictionBlock]:
         if done is not None:
             done.synchronize()
@@ -299,82 +354,20 @@ class TorchPredictor:
             yield PredictionBlock(tile=tile, arrays=arrays)
 
 
-class _Feeder:
-    """Batches of a slide's windows, prepared by a background thread.
-
-    A context manager: leaving it stops the thread and waits for it.
-    """
-
-    def __init__(
-        self, slide: WindowReader, tiles: TileGrid, batch_size: int, threads: int, *, pin: bool
-    ) -> None:
-        self._slide = slide
-        self._tiles = tiles
-        self._batch_size = batch_size
-        self._threads = threads
-        self._pin = pin
-        self._cancelled = threading.Event()
-        self._queue: queue.Queue[_Batch | None] = queue.Queue(_WAITING_BATCHES)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-
-    def __enter__(self) -> Iterator[_Batch]:
-        self._filling = self._pool.submit(self._fill)
-        return self._batches()
-
-    def __exit__(self, *_: object) -> None:
-        self._cancelled.set()
-        self._pool.shutdown(wait=True)
-
-    def _batches(self) -> Iterator[_Batch]:
-        while (batch := self._queue.get()) is not None:
-            yield batch
-        self._filling.result()
-
-    def _fill(self) -> None:
-        try:
-            for batch in self._read():
-                self._put(batch)
-                if self._cancelled.is_set():
-                    return
-        finally:
-            self._put(None)
-
-    def _put(self, batch: _Batch | None) -> None:
-        while not self._cancelled.is_set():
-            with suppress(queue.Full):
-                self._queue.put(batch, timeout=0.1)
-                return
-
-    def _read(self) -> Iterator[_Batch]:
-        tiles, side = self._tiles.tiles, self._tiles.read_px
-        windows = self._slide.read_windows(
-            self._tiles.grid,
-            [tile.read for tile in tiles],
-            threads=self._threads,
-            stop=self._cancelled.is_set,
-        )
-        for start in range(0, len(tiles), self._batch_size):
-            part = tiles[start : start + self._batch_size]
-            pixels = torch.zeros(
-                (self._batch_size, side, side, 3), dtype=torch.uint8, pin_memory=self._pin
-            )
-            into = pixels.numpy()
-            for index in range(len(part)):
-                window = next(windows, None)
-                if window is None:  # stopped
-                    if self._cancelled.is_set():
-                        return
-                    raise RuntimeError(
-                        f"the slide ended after {start + index} of {len(tiles)} tiles"
-                    )
-                into[index] = window
-            yield _Batch(tiles=part, pixels=pixels)
+def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) -> Demand:
+    return Demand(
+        spec=spec,
+        weights=sum(weight.numel() for weight in network.parameters()),
+        value_bytes=DTYPES[precision].itemsize,
+        on_host=not device.startswith("cuda"),
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(
-        error
+    # On a CPU the allocator of torch, and oneDNN's, raise plain RuntimeErrors.
+    said = ("not enough memory", "allocate memory", "could not create a memory object")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in said
     )
 
 

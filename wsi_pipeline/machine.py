@@ -6,10 +6,19 @@ import ctypes
 import os
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
-__all__ = ["available_cpus", "keep_freed_memory", "peak_rss_mb", "total_memory"]
+__all__ = [
+    "available_cpus",
+    "keep_freed_memory",
+    "memory_limit",
+    "peak_rss_mb",
+    "release_memory",
+    "total_memory",
+]
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Of ``mallopt`` in glibc's malloc.h."""
@@ -51,3 +60,33 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+def memory_limit(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes this process may hold: the machine's, or less for a job or a container.
+
+    Args:
+        proc: where the system describes processes.
+        control: where it describes control groups, of version 1 or 2.
+    """
+    limits = [total_memory()]
+    lines: list[str] = []
+    with suppress(OSError):  # not Linux
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = control / "memory" if controllers else control
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        own = Path(group.lstrip("/"))
+        for folder in (own, *own.parents):  # a group has no more than those around it
+            with suppress(OSError, ValueError):  # not there, or "max"
+                limits.append(int((top / folder / name).read_text()))
+    return min(limits)
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system, where the C library hoards it (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import zarr
 from numcodecs.zstd import Zstd
@@ -50,13 +51,16 @@ def compress(chunk: NDArray[np.uint8]) -> bytes:
     return bytes(Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(chunk)))
 
 
-def build_pyramid(group: zarr.Group, key: str, *, average: bool) -> list[zarr.Array[Any]]:
+def build_pyramid(
+    group: zarr.Group, key: str, *, average: bool, workers: int = 1
+) -> list[zarr.Array[Any]]:
     """Write ever coarser copies ``<key>_2x``, ``_4x``, ... of a map.
 
     Args:
         group: the group that holds the map.
         key: path of the map.
         average: mean of 2 x 2 pixels (probabilities) instead of every second pixel (ids).
+        workers: threads; each holds one chunk and the four that it is made of.
 
     Returns:
         All levels, the map itself first.
@@ -67,9 +71,9 @@ def build_pyramid(group: zarr.Group, key: str, *, average: bool) -> list[zarr.Ar
     levels: list[zarr.Array[Any]] = [first]
     while max(levels[-1].shape[-2:]) > COARSEST_PX:
         source = levels[-1]
-        coarse = _halve(source, average=average)
-        target = create_array(group, f"{key}_{2 ** len(levels)}x", coarse.shape, source.chunks)
-        da.store(coarse, target, lock=False)  # type: ignore[arg-type]
+        shape = *source.shape[:-2], *(-(-side // 2) for side in source.shape[-2:])
+        target = create_array(group, f"{key}_{2 ** len(levels)}x", shape, source.chunks)
+        _halve(source, target, _mean_of_cells if average else _first_of_cells, workers=workers)
         levels.append(target)
     return levels
 
@@ -139,18 +143,26 @@ def ome_attributes(entries: Sequence[dict[str, Any]], *, below: str = "") -> dic
     return {"version": "0.5", "multiscales": relative}
 
 
-def _halve(source: zarr.Array[Any], *, average: bool) -> da.Array:
-    """Halve rows and columns lazily; a block of 2 x 2 chunks becomes exactly one chunk."""
-    double = (*source.chunks[:-2], 2 * source.chunks[-2], 2 * source.chunks[-1])
-    blocks = da.from_zarr(source).rechunk(double)  # type: ignore[no-untyped-call]
-    halves = [tuple(-(-side // 2) for side in sides) for sides in blocks.chunks[-2:]]
-    halved: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
-        _mean_of_cells if average else _first_of_cells,
-        blocks,
-        dtype=np.uint8,
-        chunks=(*blocks.chunks[:-2], *halves),
-    )
-    return halved
+def _halve(
+    source: zarr.Array[Any],
+    target: zarr.Array[Any],
+    reduce: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+    *,
+    workers: int,
+) -> None:
+    """Fill a map of half the rows and columns: 2 x 2 chunks become one, which one thread writes."""
+    high, wide = target.chunks[-2:]
+
+    def fill(corner: tuple[int, int]) -> None:
+        y, x = corner
+        cells = (..., slice(2 * y, 2 * (y + high)), slice(2 * x, 2 * (x + wide)))
+        halved = reduce(np.asarray(source[cells], np.uint8))
+        target[..., y : y + halved.shape[-2], x : x + halved.shape[-1]] = halved
+
+    corners = product(range(0, target.shape[-2], high), range(0, target.shape[-1], wide))
+    with ThreadPoolExecutor(workers, "pyramid") as pool:
+        for _ in pool.map(fill, corners):
+            pass
 
 
 def _first_of_cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

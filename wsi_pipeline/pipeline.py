@@ -34,7 +34,7 @@ from wsi_pipeline.slide import PixelSize, Slide
 from wsi_pipeline.spec import AnchorRules, ModelSpec, PeakRules
 from wsi_pipeline.store import PredictionBlock, PredictionStore
 from wsi_pipeline.table import ObjectWriter, read_centroids, read_objects, write_tissue
-from wsi_pipeline.tiling import TileGrid
+from wsi_pipeline.tiling import PANEL_PX, TileGrid
 from wsi_pipeline.tissue import TissueMask, detect_tissue, read_mask
 
 __all__ = ["Predicted", "Predictor", "polygonize", "predict"]
@@ -59,11 +59,21 @@ class Predictor(Protocol):
     precision: str
     tile_px: int
     halo_px: int
+    canvas_bytes: int
+    extractors: int
 
     def predict(
-        self, slide: Slide, tiles: TileGrid, *, stop: Callable[[], bool]
+        self,
+        slide: Slide,
+        tiles: TileGrid,
+        *,
+        stop: Callable[[], bool],
+        warn: Callable[[str, str], None],
     ) -> Iterator[PredictionBlock]:
-        """Yield one block a tile, in order; a block keeps its arrays. End when asked to stop."""
+        """Yield one block a tile, in order; a block keeps its arrays. End when asked to stop.
+
+        ``warn`` is told the code and the message of what the user should know.
+        """
         ...
 
 
@@ -185,6 +195,7 @@ def _fill_store(
         grid,
         tile_px=predictor.tile_px,
         halo_px=predictor.halo_px,
+        panel_px=_panel_px(slide, grid, predictor),
         wanted=lambda box: tissue.touches(grid, box),
     )
     job = attempt.job
@@ -212,7 +223,7 @@ def _fill_store(
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
         pending: deque[Future[None]] = deque()
         try:
-            for block in predictor.predict(slide, missing, stop=stop):
+            for block in predictor.predict(slide, missing, stop=stop, warn=attempt.warn):
                 pending.append(writer.submit(write, block))
                 while len(pending) > WRITES_PENDING:
                     pending.popleft().result()
@@ -224,7 +235,18 @@ def _fill_store(
                 future.result()
     if stop():
         raise Interrupted(f"stopped after {written} of {total} blocks")
-    return store.seal()
+    return store.seal(workers=predictor.extractors)
+
+
+def _panel_px(slide: Slide, grid: PixelGrid, predictor: Predictor) -> int:
+    """Return the width of columns of tiles whose canvases fit into the predictor's bytes."""
+    margin, panel = 2 * predictor.halo_px, PANEL_PX
+    side = predictor.tile_px + margin
+    while panel > predictor.tile_px:
+        if slide.band_bytes(grid, (panel + margin, side)) <= predictor.canvas_bytes:
+            break
+        panel -= predictor.tile_px
+    return panel
 
 
 def _maps_identity(job: SlideJob, tissue: TissueMask, predictor: Predictor) -> str:

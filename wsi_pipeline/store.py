@@ -24,9 +24,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask.array as da
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -38,6 +37,9 @@ from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.ome import build_pyramid, create_array, multiscale, ome_attributes
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import Tile, TileGrid
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 __all__ = ["PredictionBlock", "PredictionStore", "open_maps"]
 
@@ -270,8 +272,12 @@ class PredictionStore:
         written = self._blocks[self._blocks > 0]
         return float(1 - written.mean() / WHOLE) if written.size else 0.0
 
-    def seal(self) -> PredictionStore:
-        """Build the pyramids, sync everything, and give the store its final name."""
+    def seal(self, *, workers: int = 1) -> PredictionStore:
+        """Build the pyramids, sync everything, and give the store its final name.
+
+        Args:
+            workers: threads that build the pyramids; each holds one block of them.
+        """
         final = self.path.with_name(self.path.name.removeprefix(".").removesuffix(".partial"))
         with disk_errors(final):
             entries = []
@@ -280,7 +286,9 @@ class PredictionStore:
                 entries.append(
                     multiscale(
                         key,
-                        build_pyramid(self._group, key, average=key.endswith("/prob")),
+                        build_pyramid(
+                            self._group, key, average=key.endswith("/prob"), workers=workers
+                        ),
                         grid=self.head_grid(head.name),
                         pixel_size=self.pixel_size,
                         channels=head.prob_channels if key.endswith("/prob") else (),
@@ -334,6 +342,8 @@ def open_maps(path: Path | str) -> dict[str, da.Array]:
     Raises:
         StoreError: the store is absent or unfinished.
     """
+    import dask.array as da  # slow to import, and the pipeline does without it
+
     store = PredictionStore.open(Path(path))
     return {
         key: da.from_zarr(store._arrays[key])  # type: ignore[no-untyped-call]

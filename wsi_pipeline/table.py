@@ -16,9 +16,8 @@ from functools import reduce
 from operator import and_
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import geopandas as gpd
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +28,9 @@ from numpy.typing import NDArray
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import TableError
 from wsi_pipeline.geoparquet import SIDES, geo_metadata, pixel_crs
+
+if TYPE_CHECKING:
+    import geopandas as gpd
 
 __all__ = [
     "OBJECT_SCHEMA",
@@ -274,6 +276,8 @@ def read_objects(
     Raises:
         TableError: no such file, or not a table of this package.
     """
+    import geopandas as gpd  # slow to import, and tables are written without it
+
     path = Path(path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:

@@ -62,6 +62,7 @@ class TileGrid:
         *,
         tile_px: int,
         halo_px: int,
+        panel_px: int = PANEL_PX,
         wanted: Callable[[Box], bool] = lambda _: True,
     ) -> TileGrid:
         """Lay tiles over a grid and keep the wanted ones.
@@ -70,6 +71,7 @@ class TileGrid:
             grid: the working grid.
             tile_px: side of a write box, a multiple of 16.
             halo_px: margin of the read boxes, a multiple of 16.
+            panel_px: tiles are walked in columns of this width; only their order depends on it.
             wanted: tells whether a write box holds anything worth computing.
         """
         if tile_px < 16 or tile_px % 16 or halo_px < 0 or halo_px % 16:
@@ -77,7 +79,7 @@ class TileGrid:
             raise ValueError(msg)
         lattice = cls(grid=grid, tile_px=tile_px, halo_px=halo_px, tiles=())
         columns, rows = lattice.shape
-        panel = max(1, PANEL_PX // tile_px)
+        panel = max(1, panel_px // tile_px)
         tiles = (
             lattice.tile(column, row)
             for left in range(0, columns, panel)

@@ -27,7 +27,7 @@ from wsi_pipeline.geometry import Box
 from wsi_pipeline.slide.planes import Plane, Sampling
 from wsi_pipeline.slide.resample import resample
 
-__all__ = ["Fetch", "decode_once", "read_bands"]
+__all__ = ["Fetch", "band_bytes", "decode_once", "read_bands"]
 
 Fetch = Callable[[Plane, int, int], NDArray[np.uint8] | None]
 """Decode the tile of a plane at ``(column, row)``; None is white."""
@@ -100,6 +100,13 @@ def read_bands(
                 view = band.windows[box.shift(-band.corner[0], -band.corner[1]).slices]
                 view.flags.writeable = False
                 yield view
+
+
+def band_bytes(sampling: Sampling, span: Box) -> int:
+    """Return what :func:`read_bands` holds for rows of windows that span a box of the grid."""
+    canvas = _canvas_box(sampling, span)
+    resampled = 0 if sampling.shift is not None else span.area
+    return 2 * 3 * (canvas.area + resampled)
 
 
 def decode_once(

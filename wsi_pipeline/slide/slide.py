@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.errors import SlideError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.slide.bands import decode_once, read_bands
+from wsi_pipeline.slide.bands import band_bytes, decode_once, read_bands
 from wsi_pipeline.slide.opening import open_reader
 from wsi_pipeline.slide.pixel_size import PixelSize, find_pixel_size, objective_power
 from wsi_pipeline.slide.planes import Plane, fitting_grid, sampling_for
@@ -225,6 +225,16 @@ class Slide:
         """
         sampling = sampling_for(grid, self._reader.levels, self._downsamples)
         return len(decode_once(sampling, boxes, fetch=self._fetch, threads=threads))
+
+    def band_bytes(self, grid: PixelGrid, size: tuple[int, int]) -> int:
+        """Return the bytes that :meth:`read_windows` holds for a row of windows.
+
+        Args:
+            grid: of the windows.
+            size: width and height that they span together, in its pixels.
+        """
+        sampling = sampling_for(grid, self._reader.levels, self._downsamples)
+        return band_bytes(sampling, Box(x=0, y=0, width=size[0], height=size[1]))
 
     def thumbnail(self, mpp: float) -> tuple[NDArray[np.uint8], PixelGrid]:
         """Read the whole slide at a coarse pixel size, cheaply.

@@ -1,0 +1,138 @@
+"""Memory: sizes that fit below a cap, what the machine has, and a run that keeps to it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from wsi_pipeline import machine, memory
+from wsi_pipeline.bundle import find_bundle
+from wsi_pipeline.errors import JobError
+from wsi_pipeline.inference import TorchPredictor
+from wsi_pipeline.memory import Demand, Sizes, fit_sizes, parse_size
+from wsi_pipeline.pipeline import _panel_px
+from wsi_pipeline.slide import Slide
+from wsi_pipeline.synth import write_slide
+from wsi_pipeline.tiling import PANEL_PX
+
+GIB = 1 << 30
+SPEC = replace(find_bundle("cerberus-lite").spec, architecture="cerberus", options={}, halo_px=160)
+FULL = Demand(spec=SPEC, weights=36_000_000, value_bytes=4, on_host=True)
+WANTED = Sizes(tile_px=1024, batch_size=1, extractors=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8G", 8 * GIB), ("1.5 GiB", 3 * GIB // 2), ("900mb", 900 << 20), ("2T", 2 << 40), (77, 77)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "", "G", "-1G", "0G", "8 GX", "1e3M", 0])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(JobError, match="memory must be"):
+        parse_size(text)
+
+
+def test_a_smaller_cap_gives_smaller_sizes_that_fit():
+    tiles = []
+    for cap in (8 * GIB, 3 * GIB, 2 * GIB, 3 * GIB // 2):
+        sizes = fit_sizes(FULL, WANTED, cap=cap)
+        assert FULL.peak(sizes) <= cap
+        tiles.append(sizes.tile_px)
+    assert tiles[0] == 1024
+    assert tiles == sorted(tiles, reverse=True)
+    assert len(set(tiles)) >= 3
+
+
+def test_threads_go_before_batches_and_batches_before_tiles():
+    gpu = replace(FULL, on_host=False)
+    wanted = Sizes(tile_px=2048, batch_size=8, extractors=16)
+    small = replace(wanted, extractors=1, canvas_bytes=memory.SMALL_CANVASES)
+    caps = [gpu.peak(replace(small, extractors=4)), gpu.peak(small) - 1]
+    fewer, smaller = (fit_sizes(gpu, wanted, cap=cap) for cap in caps)
+    assert (fewer.tile_px, fewer.batch_size) == (2048, 8)
+    assert fewer.extractors < 16
+    assert (smaller.tile_px, smaller.batch_size) == (2048, 4)
+
+
+def test_too_small_a_cap_is_refused_with_the_least_that_does():
+    with pytest.raises(JobError, match=r"--memory 500M is too little.*at least ([\d,]+) MiB") as no:
+        fit_sizes(FULL, WANTED, cap="500M")
+    least = int(str(no.value).split("at least ")[1].split(" MiB")[0].replace(",", ""))
+    assert fit_sizes(FULL, WANTED, cap=f"{least + 32}M").tile_px == 256
+
+
+def test_what_was_asked_for_stays_or_is_refused():
+    asked = replace(WANTED, extractors=1)
+    fixed = ["tile_px", "extractors"]
+    assert fit_sizes(FULL, asked, cap="8G", fixed=fixed).tile_px == 1024
+    with pytest.raises(JobError, match="--tile-size 1024 and --workers 1 needs"):
+        fit_sizes(FULL, asked, cap="2G", fixed=fixed)
+
+
+def test_without_a_cap_a_cpu_keeps_below_3_gib_and_a_small_machine_below_its_own(monkeypatch):
+    monkeypatch.setattr(memory, "memory_limit", lambda: 64 * GIB)
+    assert FULL.peak(fit_sizes(FULL, WANTED, cap=None)) <= 3 * GIB
+    monkeypatch.setattr(memory, "memory_limit", lambda: 2 * GIB)
+    assert FULL.peak(fit_sizes(FULL, WANTED, cap=None)) <= 1.5 * GIB
+    # No promise is broken by trying.
+    monkeypatch.setattr(memory, "memory_limit", lambda: GIB // 2)
+    assert fit_sizes(FULL, WANTED, cap=None).tile_px == 256
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_job_has_what_its_control_group_has(tmp_path, version):
+    (tmp_path / "self").mkdir()
+    top = tmp_path / "cgroup"
+    folder = (top / "memory" if version == 1 else top) / "slurm" / "job_1"
+    folder.mkdir(parents=True)
+    line = "9:cpu,memory:/slurm/job_1" if version == 1 else "0::/slurm/job_1"
+    (tmp_path / "self" / "cgroup").write_text(f"{line}\n8:cpuset:/else\n")
+    name = "memory.limit_in_bytes" if version == 1 else "memory.max"
+    (folder / name).write_text("max\n" if version == 2 else str((1 << 63) - 4096))
+    (folder.parent / name).write_text(f"{123 << 20}\n")
+    assert machine.memory_limit(tmp_path, top) == 123 << 20
+    assert machine.memory_limit(tmp_path / "none", top) == machine.total_memory()
+
+
+def test_the_predictor_takes_sizes_from_the_cap():
+    bundle = find_bundle("cerberus-lite")
+    sizes = [TorchPredictor.load(bundle, device="cpu", memory=cap) for cap in ("8G", "900M")]
+    assert sizes[0].tile_px == 1024
+    assert sizes[0].canvas_bytes > sizes[1].canvas_bytes
+    assert (sizes[1].tile_px, sizes[1].extractors) <= (sizes[0].tile_px, sizes[0].extractors)
+
+
+def test_columns_of_tiles_are_as_wide_as_their_canvases_may_be(tmp_path):
+    path = tmp_path / "a.svs"
+    write_slide(path, width=1024, height=1024, mpp=0.25, seed=1, truth=False)
+    predictor = TorchPredictor.load(find_bundle("stain-baseline"), device="cpu", tile_size=1024)
+    with Slide.open(str(path)) as slide:
+        grid = slide.working_grid(0.5)
+        assert _panel_px(slide, grid, predictor) == PANEL_PX
+        margin = 2 * predictor.halo_px
+        width, side = 8 * predictor.tile_px + margin, predictor.tile_px + margin
+        predictor.canvas_bytes = slide.band_bytes(grid, (width, side))
+        assert _panel_px(slide, grid, predictor) == 8 * predictor.tile_px
+        predictor.canvas_bytes = 1
+        assert _panel_px(slide, grid, predictor) == predictor.tile_px
+
+
+def test_a_run_keeps_to_its_cap(tmp_path):
+    slide = tmp_path / "a.svs"
+    write_slide(slide, width=4096, height=4096, mpp=0.25, seed=1, truth=False)
+    code = "from wsi_pipeline.cli import main_run; main_run()"
+    command = [sys.executable, "-c", code, str(slide), "--out", str(tmp_path / "out")]
+    command += ["--model", "cerberus-lite", "--device", "cpu", "--no-progress"]
+    done = subprocess.run([*command, "--memory", "1G"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "more than --memory" not in done.stderr
+    report = json.loads((tmp_path / "out" / "reports" / "a.json").read_text())
+    assert 300 < report["peak_rss_mb"] < 1024
+    refused = subprocess.run([*command, "--memory", "300M"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "needs at least" in refused.stderr

@@ -1,0 +1,120 @@
+"""Batches of a slide's windows, filled ahead of the network by a background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wsi_pipeline.geometry import Box, PixelGrid
+from wsi_pipeline.tiling import Tile, TileGrid
+
+__all__ = ["Batch", "Feeder", "WindowReader"]
+
+_WAITING_BATCHES = 2
+
+
+class WindowReader(Protocol):
+    """What prediction needs of a slide."""
+
+    def read_windows(
+        self,
+        grid: PixelGrid,
+        boxes: Sequence[Box],
+        *,
+        threads: int,
+        stop: Callable[[], bool] = ...,
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Yield the pixels of each box in order, each valid until the next is asked for."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Tiles that the network sees together, and their pixels."""
+
+    tiles: tuple[Tile, ...]
+    """At most as many as there are rows of pixels."""
+    pixels: Tensor
+    """``(B, H, W, 3)`` uint8 on the host; rows beyond the tiles are filling."""
+
+
+class Feeder:
+    """Batches of a slide's windows, prepared by a background thread.
+
+    A context manager: leaving it stops the thread and waits for it.
+    """
+
+    def __init__(
+        self, slide: WindowReader, tiles: TileGrid, batch_size: int, threads: int, *, pin: bool
+    ) -> None:
+        self._slide = slide
+        self._tiles = tiles
+        self._batch_size = batch_size
+        self._threads = threads
+        self._pin = pin
+        self._cancelled = threading.Event()
+        self._queue: queue.Queue[Batch | None] = queue.Queue(_WAITING_BATCHES)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def __enter__(self) -> Iterator[Batch]:
+        self._filling = self._pool.submit(self._fill)
+        return self._batches()
+
+    def __exit__(self, *_: object) -> None:
+        self._cancelled.set()
+        self._pool.shutdown(wait=True)
+
+    def _batches(self) -> Iterator[Batch]:
+        while (batch := self._queue.get()) is not None:
+            yield batch
+        self._filling.result()
+
+    def _fill(self) -> None:
+        try:
+            for batch in self._read():
+                self._put(batch)
+                if self._cancelled.is_set():
+                    return
+        finally:
+            self._put(None)
+
+    def _put(self, batch: Batch | None) -> None:
+        while not self._cancelled.is_set():
+            with suppress(queue.Full):
+                self._queue.put(batch, timeout=0.1)
+                return
+
+    def _read(self) -> Iterator[Batch]:
+        tiles, side = self._tiles.tiles, self._tiles.read_px
+        windows = self._slide.read_windows(
+            self._tiles.grid,
+            [tile.read for tile in tiles],
+            threads=self._threads,
+            stop=self._cancelled.is_set,
+        )
+        for start in range(0, len(tiles), self._batch_size):
+            part = tiles[start : start + self._batch_size]
+            pixels = torch.zeros(
+                (self._batch_size, side, side, 3), dtype=torch.uint8, pin_memory=self._pin
+            )
+            into = pixels.numpy()
+            for index in range(len(part)):
+                window = next(windows, None)
+                if window is None:  # stopped
+                    if self._cancelled.is_set():
+                        return
+                    raise RuntimeError(
+                        f"the slide ended after {start + index} of {len(tiles)} tiles"
+                    )
+                into[index] = window
+            yield Batch(tiles=part, pixels=pixels)

@@ -1,0 +1,195 @@
+"""What a run holds on the host at its most, and the sizes that keep it below a cap.
+
+::
+
+    peak = program + weights + the larger of
+             predicting:  a pass of the network, batches of pixels, canvases of the slide, blocks
+             extracting:  chunks of maps, the windows of each thread, rows on their way
+
+On CUDA the pass is not on the host, and both happen at once. Nothing here grows with the slide,
+except rows: those of a million objects are in the figure. The figures are measured by
+``python -m benchmarks.memory`` (``--network``, ``--full``), those of CUDA are not.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from wsi_pipeline.errors import JobError
+from wsi_pipeline.machine import memory_limit
+from wsi_pipeline.spec import ModelSpec
+
+__all__ = ["Demand", "Sizes", "default_cap", "fit_sizes", "parse_size"]
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+DEFAULT_CPU = 3 << 30
+"""Cap of a run on a CPU where none is given: so results do not depend on the machine's memory."""
+PROGRAM = 480 * MIB
+"""The interpreter, all libraries and compiled loops, one slide open; with some heap in pieces."""
+PROGRAM_CUDA = 2048 * MIB
+"""The same with CUDA's libraries."""
+EXTRACTION = 270 * MIB
+"""Cached chunks, and rows and outlines of a large slide."""
+EXTRACTOR = 60 * MIB
+"""A thread that turns windows of maps into objects."""
+CANVASES = 192 * MIB
+"""At most for the canvases that the slide is decoded into; see ``Slide.band_bytes``."""
+SMALL_CANVASES = 64 * MIB
+BATCHES = 4
+"""Batches of pixels at once: being filled, two waiting, with the network."""
+BLOCKS = 4
+"""Blocks of maps at once: being made, two waiting, being written."""
+SMALLER_TILES = (768, 512, 256)
+"""Sides tried where the preferred one is too large."""
+MARGIN = 1.05
+
+PASS_VALUES = {
+    "cerberus": (425, 64),
+    "cerberus-lite": (80, 32),
+    "stain-baseline": (26, 1),
+}
+"""By architecture: values of the network's precision that a pass holds a pixel it sees, and the
+number of channels at full resolution for which that is so; it is in proportion to them."""
+_FACTORS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What of the memory a model decides."""
+
+    spec: ModelSpec
+    """Heads, halo, architecture."""
+    weights: int
+    """Numbers that were learned."""
+    value_bytes: int
+    """Bytes of a value in the network's precision."""
+    on_host: bool
+    """Whether the network computes in the host's memory."""
+
+    def peak(self, sizes: Sizes) -> int:
+        """Return the bytes that a run holds at its most on the host."""
+        window = (sizes.tile_px + 2 * self.spec.halo_px) ** 2
+        maps = sum(
+            (len(head.prob_channels) + head.has_class_map) * (sizes.tile_px // head.stride) ** 2
+            for head in self.spec.heads
+        )
+        loading = 8 * self.weights  # the file's, and the network's, in float32
+        predicting = BATCHES * sizes.batch_size * window * 3 + sizes.canvas_bytes + BLOCKS * maps
+        extracting = EXTRACTION + sizes.extractors * EXTRACTOR
+        if not self.on_host:
+            return int(MARGIN * (PROGRAM_CUDA + loading + predicting + extracting))
+        predicting += int(window * self._pass_values()) * self.value_bytes
+        kept = 4 * self.weights
+        return int(MARGIN * (PROGRAM + max(loading, kept + max(predicting, extracting))))
+
+    def _pass_values(self) -> float:
+        values, channels = PASS_VALUES.get(self.spec.architecture, PASS_VALUES["cerberus"])
+        widths = self.spec.options.get("widths", (self.spec.options.get("width", channels),))
+        wide = widths[0] if self.spec.architecture != "stain-baseline" else channels
+        return values * max(0.25, wide / channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is done at a time."""
+
+    tile_px: int
+    """Side of a write box."""
+    batch_size: int
+    """Tiles a pass."""
+    extractors: int
+    """Threads that extract objects."""
+    canvas_bytes: int = CANVASES
+    """For the canvases of the slide."""
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes that a text such as ``8G``, ``3.5GiB`` or ``900MB`` means.
+
+    K, M, G and T are powers of 1024, with or without ``B`` or ``iB``.
+
+    Raises:
+        JobError: no unit, or not a size. (Numbers that are no text are bytes.)
+    """
+    if isinstance(text, int):
+        if text < 1:
+            raise JobError(f"memory must be a positive number of bytes, not {text}")
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise JobError(f"memory must be a size with its unit, such as 8G or 900M, not {text!r}")
+    return int(float(match[1]) * _FACTORS[match[2].upper()])
+
+
+def default_cap(*, on_host: bool) -> int:
+    """Return the bytes that a run holds at most where nobody said how many."""
+    share = int(0.75 * memory_limit())
+    return min(DEFAULT_CPU, share) if on_host else share
+
+
+def fit_sizes(
+    demand: Demand, wanted: Sizes, *, cap: str | int | None, fixed: Sequence[str] = ()
+) -> Sizes:
+    """Return the largest sizes, up to the wanted ones, with which a run stays below a cap.
+
+    Args:
+        demand: of the model.
+        wanted: what suits the device.
+        cap: bytes, or text for :func:`parse_size`; None: :func:`default_cap`, below which no
+            promise is made: where even the smallest sizes need more, they are taken.
+        fixed: fields of ``wanted`` that somebody asked for and that stay.
+
+    Raises:
+        JobError: the cap that was given is not a size, or less than the least that is needed.
+    """
+    most = default_cap(on_host=demand.on_host) if cap is None else parse_size(cap)
+    for sizes in _candidates(demand, wanted, fixed):
+        if demand.peak(sizes) <= most:
+            return sizes
+    least = demand.peak(sizes)
+    stay = [f"--{_OPTIONS[name]} {getattr(sizes, name)}" for name in fixed]
+    asked = f" with {' and '.join(stay)}" if stay else ""
+    if cap is None:
+        log.warning("this run%s may need %s, %s are there", asked, _mib(least), _mib(most))
+        return sizes
+    msg = (
+        f"--memory {cap} is too little: {demand.spec.name}{asked} needs at least {_mib(least)}. "
+        "Give it more, leave --tile-size, --batch-size and --workers to be chosen, or name a "
+        "narrower --model."
+    )
+    raise JobError(msg)
+
+
+_OPTIONS = {"tile_px": "tile-size", "batch_size": "batch-size", "extractors": "workers"}
+
+
+def _candidates(demand: Demand, wanted: Sizes, fixed: Sequence[str]) -> Iterator[Sizes]:
+    """Yield sizes to try: small canvases cost least, then few threads, small batches, tiles."""
+    tiles, batches = [wanted.tile_px], [wanted.batch_size]
+    threads = [wanted.extractors]
+    if "tile_px" not in fixed:
+        strides = [head.stride for head in demand.spec.heads]
+        smaller = [side for side in SMALLER_TILES if side < wanted.tile_px]
+        tiles += [side for side in smaller if not any(side % stride for stride in strides)]
+    while "batch_size" not in fixed and batches[-1] > 1:
+        batches.append(batches[-1] // 2)
+    if "extractors" not in fixed:
+        threads += range(wanted.extractors - 1, 0, -1)
+    canvases = [wanted.canvas_bytes, SMALL_CANVASES]
+    for tile_px, batch_size, extractors, canvas_bytes in product(tiles, batches, threads, canvases):
+        yield Sizes(
+            tile_px=tile_px,
+            batch_size=batch_size,
+            extractors=extractors,
+            canvas_bytes=canvas_bytes,
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // MIB):,} MiB"
