@@ -67,8 +67,8 @@ class PredictionBlock:
 class PredictionStore:
     """The maps of one slide, on disk.
 
-    Use :meth:`create` to write and :meth:`open` to read. Reading is thread-safe; writing
-    is for one thread at a time.
+    Use :meth:`create` to write and :meth:`open` to read. Reading is thread-safe, and so is
+    writing different blocks.
     """
 
     def __init__(self, path: Path, group: zarr.Group) -> None:
@@ -89,7 +89,9 @@ class PredictionStore:
         self._groups = {head.name: _group(group, head.name) for head in self.spec.heads}
         self._maps = self.spec.maps
         self._arrays = {key: _array(group, key) for key in self.spec.maps}
-        self._blocks: Pixels = np.asarray(_array(group, "blocks")[:], np.uint8)
+        self._marks = _array(group, "blocks")
+        self._marking = threading.Lock()
+        self._blocks: Pixels = np.asarray(self._marks[:], np.uint8)
         self._cache = _ChunkCache(CACHE_BYTES)
 
     @classmethod
@@ -182,8 +184,9 @@ class PredictionStore:
                 box = block.tile.write.coarsen(self._maps[key].stride)
                 self._write_chunks(key, box, pixels)
             row = block.tile.row
-            self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
-            _array(self._group, "blocks")[row : row + 1] = self._blocks[row : row + 1]
+            with self._marking:
+                self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
+                self._marks[row : row + 1] = self._blocks[row : row + 1]
 
     def _write_chunks(self, key: str, box: Box, pixels: Pixels) -> None:
         array = self._arrays[key]
@@ -271,8 +274,14 @@ class PredictionStore:
         return float(1 - written.mean() / WHOLE) if written.size else 0.0
 
     def seal(self) -> PredictionStore:
-        """Build the pyramids, sync everything, and give the store its final name."""
+        """Build the pyramids, sync everything, and give the store its final name.
+
+        Returns:
+            The store under its final name; itself if it is sealed already.
+        """
         final = self.path.with_name(self.path.name.removeprefix(".").removesuffix(".partial"))
+        if final == self.path:
+            return self
         with disk_errors(final):
             entries = []
             for key in self._arrays:

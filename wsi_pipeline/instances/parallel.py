@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from wsi_pipeline.errors import Interrupted
 
-__all__ = ["ordered_map"]
+__all__ = ["check_stop", "ordered_map"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,25 +38,26 @@ def ordered_map(
         raise ValueError(msg)
     if workers == 1:
         for item in items:
-            _check(stop)
+            check_stop(stop)
             yield function(item)
         return
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
-                _check(stop)
+                check_stop(stop)
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
-                _check(stop)
+                check_stop(stop)
                 yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
 
 
-def _check(stop: Callable[[], bool]) -> None:
+def check_stop(stop: Callable[[], bool]) -> None:
+    """Raise Interrupted if ``stop()`` is true."""
     if stop():
         raise Interrupted("asked to stop while the objects were drawn; run the command again")
