@@ -230,7 +230,8 @@ class Killed(BaseException):
     "place",
     [
         "wsi_pipeline.store.PredictionStore._write_chunks",
-        "wsi_pipeline.store.build_pyramid",
+        "wsi_pipeline.pyramid.Pyramid.update",
+        "wsi_pipeline.pyramid.Pyramid.finish",
         "wsi_pipeline.store.publish_directory",
         "wsi_pipeline.pipeline.extract_objects",
         "wsi_pipeline.pipeline.write_tissue",

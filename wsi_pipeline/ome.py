@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import zarr
 from numcodecs.zstd import Zstd
@@ -14,10 +13,8 @@ from zarr.codecs import ZstdCodec
 
 from wsi_pipeline.geometry import PixelGrid
 
-__all__ = ["build_pyramid", "compress", "create_array", "multiscale", "ome_attributes"]
+__all__ = ["compress", "create_array", "multiscale", "ome_attributes"]
 
-COARSEST_PX = 512
-"""A pyramid stops when its longer side is at most this."""
 ZSTD_LEVEL = 1
 
 
@@ -48,30 +45,6 @@ def create_array(
 def compress(chunk: NDArray[np.uint8]) -> bytes:
     """Return the bytes of the file in which :func:`create_array`'s arrays keep a chunk."""
     return bytes(Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(chunk)))
-
-
-def build_pyramid(group: zarr.Group, key: str, *, average: bool) -> list[zarr.Array[Any]]:
-    """Write ever coarser copies ``<key>_2x``, ``_4x``, ... of a map.
-
-    Args:
-        group: the group that holds the map.
-        key: path of the map.
-        average: mean of 2 x 2 pixels (probabilities) instead of every second pixel (ids).
-
-    Returns:
-        All levels, the map itself first.
-    """
-    first = group[key]
-    if not isinstance(first, zarr.Array):
-        raise TypeError(f"{key} is not an array")
-    levels: list[zarr.Array[Any]] = [first]
-    while max(levels[-1].shape[-2:]) > COARSEST_PX:
-        source = levels[-1]
-        coarse = _halve(source, average=average)
-        target = create_array(group, f"{key}_{2 ** len(levels)}x", coarse.shape, source.chunks)
-        da.store(coarse, target, lock=False)  # type: ignore[arg-type]
-        levels.append(target)
-    return levels
 
 
 def multiscale(
@@ -137,30 +110,3 @@ def ome_attributes(entries: Sequence[dict[str, Any]], *, below: str = "") -> dic
         for entry in entries
     ]
     return {"version": "0.5", "multiscales": relative}
-
-
-def _halve(source: zarr.Array[Any], *, average: bool) -> da.Array:
-    """Halve rows and columns lazily; a block of 2 x 2 chunks becomes exactly one chunk."""
-    double = (*source.chunks[:-2], 2 * source.chunks[-2], 2 * source.chunks[-1])
-    blocks = da.from_zarr(source).rechunk(double)  # type: ignore[no-untyped-call]
-    halves = [tuple(-(-side // 2) for side in sides) for sides in blocks.chunks[-2:]]
-    halved: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
-        _mean_of_cells if average else _first_of_cells,
-        blocks,
-        dtype=np.uint8,
-        chunks=(*blocks.chunks[:-2], *halves),
-    )
-    return halved
-
-
-def _first_of_cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return pixels[..., ::2, ::2]
-
-
-def _mean_of_cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the rounded mean of each 2 x 2 cell; odd sides repeat their last row or column."""
-    odd = [(0, 0)] * (pixels.ndim - 2) + [(0, side % 2) for side in pixels.shape[-2:]]
-    even = np.pad(pixels, odd, mode="edge").astype(np.uint16)
-    rows = even[..., ::2, :] + even[..., 1::2, :]
-    cells: NDArray[np.uint16] = rows[..., ::2] + rows[..., 1::2]
-    return ((cells + 2) // 4).astype(np.uint8)
