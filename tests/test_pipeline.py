@@ -121,7 +121,7 @@ def job(slide: Path, out: Path, **changes) -> SlideJob:
 
 def go(slide, out, predictor=None, watcher=None, **changes):
     watcher = watcher or Watcher()
-    how = {k: changes.pop(k) for k in ("overwrite", "retry_failed") if k in changes}
+    how = {k: changes.pop(k) for k in ("overwrite", "retry_failed", "workers") if k in changes}
     (report,) = run_slides(
         [job(slide, out, **changes)],
         predictor or StubPredictor(),

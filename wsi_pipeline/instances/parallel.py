@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ def ordered_map(
     *,
     workers: int,
     stop: Callable[[], bool],
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Apply a function in threads; yield the results in order, a bounded number ahead.
 
     Args:

@@ -12,6 +12,7 @@ So windows may come in any order, and the walk can follow the network through th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,8 +185,9 @@ class Survey:
         if arrival is not None:
             looks.sort(key=lambda look: arrival(_seen(*look)))
         found = ordered_map(lambda look: look[0].look(look[1]), looks, workers=workers, stop=stop)
-        for (head, tile), result in zip(looks, found, strict=True):
-            head.keep(tile, result)
+        with closing(found):  # its threads end here, whatever happens
+            for (head, tile), result in zip(looks, found, strict=True):
+                head.keep(tile, result)
 
     def close(self) -> None:
         """Give the memory of the rows back."""
