@@ -22,7 +22,7 @@ from wsi_pipeline.store import PredictionBlock, PredictionStore
 from wsi_pipeline.synth import write_slide
 from wsi_pipeline.tiling import TileGrid
 
-LONG = 60
+LONG = 20
 """Seconds after which a test that waits has failed; none waits that long otherwise."""
 
 
