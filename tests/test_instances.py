@@ -20,8 +20,7 @@ from test_kernels import plain_growth
 
 from wsi_pipeline.errors import Interrupted, ModelBundleError
 from wsi_pipeline.geometry import PixelGrid
-from wsi_pipeline.instances import extract as instances
-from wsi_pipeline.instances import extract_objects, outline_polygons
+from wsi_pipeline.instances import extract, extract_objects, outline_polygons, places
 from wsi_pipeline.instances.regions import element_offsets
 from wsi_pipeline.spec import AnchorRules, HeadSpec, RunRules
 from wsi_pipeline.table import OBJECT_SCHEMA
@@ -87,9 +86,9 @@ def extents(table):
     ],
 )
 def test_rows_do_not_depend_on_windows(store, monkeypatch):
-    monkeypatch.setattr(instances, "_PANEL_PX", 160)
-    monkeypatch.setattr(instances, "_CELL_PX", 48)
-    monkeypatch.setattr(instances, "_CHUNK", 7)
+    monkeypatch.setattr(places, "PANEL_PX", 160)
+    monkeypatch.setattr(places, "CELL_PX", 48)
+    monkeypatch.setattr(extract, "_CHUNK", 7)
     first, extraction = objects_of(store)
     assert len(first) > 20
     assert shapely.is_valid(shapes_of(first)).all()
@@ -102,8 +101,8 @@ def test_rows_do_not_depend_on_windows(store, monkeypatch):
 
 def test_rows_are_ordered_by_head_panel_cell_and_id(monkeypatch):
     store = tissue_like(1)
-    monkeypatch.setattr(instances, "_PANEL_PX", 200)
-    monkeypatch.setattr(instances, "_CELL_PX", 64)
+    monkeypatch.setattr(places, "PANEL_PX", 200)
+    monkeypatch.setattr(places, "CELL_PX", 64)
     table, _ = objects_of(store, window_px=90)
     keys = []
     for row in table.select(["object_id"]).to_pylist():

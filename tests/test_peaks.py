@@ -17,8 +17,7 @@ import wsi_pipeline as wsi
 from wsi_pipeline import pipeline
 from wsi_pipeline.bundle import save_bundle
 from wsi_pipeline.inference import TorchPredictor
-from wsi_pipeline.instances import extract as instances
-from wsi_pipeline.instances import extract_objects
+from wsi_pipeline.instances import extract_objects, places
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, PeakRules, RunRules
 from wsi_pipeline.synth import write_slide
@@ -125,8 +124,8 @@ def test_a_plateau_wider_than_the_disc_has_one_peak_however_it_is_cut():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_rows_do_not_depend_on_windows(monkeypatch, stride):
-    monkeypatch.setattr(instances, "_PANEL_PX", 160)
-    monkeypatch.setattr(instances, "_CELL_PX", 48)
+    monkeypatch.setattr(places, "PANEL_PX", 160)
+    monkeypatch.setattr(places, "CELL_PX", 48)
     rng = np.random.default_rng(4)
     maps = rng.integers(0, 256, (3, 211, 333))
     maps[0] = ndi.gaussian_filter(rng.random((211, 333)), 2.5) * 460 // 16 * 16

@@ -123,7 +123,7 @@ def job(slide: Path, out: Path, **changes) -> SlideJob:
 
 def go(slide, out, predictor=None, watcher=None, **changes):
     watcher = watcher or Watcher()
-    how = {k: changes.pop(k) for k in ("overwrite", "retry_failed") if k in changes}
+    how = {k: changes.pop(k) for k in ("overwrite", "retry_failed", "workers") if k in changes}
     (report,) = run_slides(
         [job(slide, out, **changes)],
         predictor or StubPredictor(),
@@ -232,7 +232,8 @@ class Killed(BaseException):
     "place",
     [
         "wsi_pipeline.store.PredictionStore._write_chunks",
-        "wsi_pipeline.store.build_pyramid",
+        "wsi_pipeline.pyramid.Pyramid.update",
+        "wsi_pipeline.pyramid.Pyramid.finish",
         "wsi_pipeline.store.publish_directory",
         "wsi_pipeline.pipeline.extract_objects",
         "wsi_pipeline.pipeline.write_tissue",

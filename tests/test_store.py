@@ -233,6 +233,25 @@ def test_pyramid_is_the_mean_of_existing_pixels(large):
     assert max(group["cells/prob_8x"].shape) <= 512
 
 
+def test_coarser_chunks_are_there_as_soon_as_what_is_below_them(tmp_path):
+    grid = PixelGrid(origin=(0.0, 0.0), spacing=(1.0, 1.0), size=(2100, 1024))
+    tiles = TileGrid.cover(grid, tile_px=512, halo_px=0, wanted=lambda box: box.x < 1024)
+    spec = ModelSpec(
+        name="t", architecture="none", mpp=0.5, halo_px=0, options={}, heads=SPEC.heads[:1]
+    )
+    store = PredictionStore.create(
+        tmp_path / "a.zarr", spec=spec, tiles=tiles, pixel_size=(0.5, 0.5), identity=""
+    )
+    coarse = zarr.open_group(store.path, mode="r")["cells/prob_2x"]
+    ones = {"cells/prob": np.ones((2, 512, 512), np.uint8)}
+    for number, tile in enumerate(tiles.tiles):
+        assert not coarse[:].any(), f"after {number} of four blocks"
+        store.write(PredictionBlock(tile=tile, arrays=ones))
+    assert coarse[:, :, :512].all()
+    sealed = zarr.open_group(store.seal().path, mode="r")
+    assert sealed["cells/prob_4x"][:, :, :256].all()
+
+
 def test_scales_and_translations_put_pixels_where_they_are(sealed):
     entry = next(
         m

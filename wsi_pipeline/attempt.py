@@ -48,6 +48,7 @@ class Attempt:
         self.job = job
         self._lock = _lock(job)
         self.stage_name = "open"
+        self._outer: str | None = None
         self.predicted_px = 0
         """Pixels of the working grid that this try has predicted."""
         self.report = RunReport(
@@ -66,7 +67,11 @@ class Attempt:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; an error inside it is reported under its name."""
+        """Time a stage; an error inside it is reported under its name.
+
+        A stage within another takes its seconds from that one.
+        """
+        outer, self._outer = self._outer, name
         self.stage_name = name
         begun = time.perf_counter()
         try:
@@ -74,7 +79,12 @@ class Attempt:
         finally:
             # What one stage hoards, the next would add to.
             release_memory()
-            self.add_seconds(name, time.perf_counter() - begun)
+            self._outer = outer
+            spent = time.perf_counter() - begun
+            self.add_seconds(name, spent)
+            if outer is not None:
+                self.add_seconds(outer, -spent)
+        self.stage_name = outer or name
         self.log("stage", stage=name, seconds=round(self.report.seconds[name], 3))
 
     def add_seconds(self, stage: str, seconds: float) -> None:

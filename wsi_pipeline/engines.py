@@ -1,7 +1,7 @@
 """Runs the slides of a batch, one after another, on this machine.
 
-While the maps of one slide become tables on the CPU, the next slide is predicted
-already, if the network runs on another device.
+If the network runs on another device, the CPU draws the objects of a slide while its maps
+are made, and finishes its tables while the next slide is predicted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Protocol
 from wsi_pipeline.attempt import Attempt, record, refuse
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
 from wsi_pipeline.errors import JobError
+from wsi_pipeline.filling import Predictor
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
-from wsi_pipeline.pipeline import Predicted, Predictor, polygonize, predict
+from wsi_pipeline.pipeline import Predicted, polygonize, predict
 
 __all__ = ["Watcher", "run_slides"]
 
@@ -72,7 +73,7 @@ def run_slides(
         fail_fast=fail_fast,
     )
     # One slide at most waits for its tables, so memory stays bounded.
-    allowed = 0 if predictor.device == "cpu" else 1
+    allowed = 1 if run.beside else 0
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="objects") as objects:
         for job in jobs:
@@ -101,6 +102,11 @@ class _Run:
     fail_fast: bool
     reports: dict[str, RunReport] = field(default_factory=dict)
 
+    @property
+    def beside(self) -> bool:
+        """Whether objects are extracted while the network works, on a device of its own."""
+        return self.predictor.device != "cpu"
+
     def enough(self) -> bool:
         """Whether no further slide is to be begun."""
         # A copy: the other thread may add a report meanwhile.
@@ -121,7 +127,15 @@ class _Run:
 
         def work() -> None:
             advance = partial(self.watcher.advance, job)
-            result.append(predict(attempt, self.predictor, stop=self.stop, advance=advance))
+            predicted = predict(
+                attempt,
+                self.predictor,
+                workers=self.workers,
+                beside=self.beside,
+                stop=self.stop,
+                advance=advance,
+            )
+            result.append(predicted)
 
         report = record(attempt, work, last=False)
         if report is not None:
@@ -149,7 +163,7 @@ class _Run:
 
         def work() -> None:
             advance = partial(self.watcher.advance, job)
-            polygonize(attempt, predicted, workers=self.workers, stop=self.stop, advance=advance)
+            polygonize(attempt, predicted, advance=advance)
 
         report = record(attempt, work, last=True)
         assert report is not None  # the last part always ends in a report

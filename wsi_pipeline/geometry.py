@@ -108,6 +108,10 @@ class Box:
             self.x // stride, self.y // stride, -(-self.x1 // stride), -(-self.y1 // stride)
         )
 
+    def refine(self, stride: int) -> Box:
+        """Return the same box on a grid ``stride`` times finer."""
+        return Box.from_edges(self.x * stride, self.y * stride, self.x1 * stride, self.y1 * stride)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelGrid:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,8 @@ from zarr.codecs import ZstdCodec
 
 from wsi_pipeline.geometry import PixelGrid
 
-__all__ = ["build_pyramid", "compress", "create_array", "multiscale", "ome_attributes"]
+__all__ = ["compress", "create_array", "multiscale", "ome_attributes"]
 
-COARSEST_PX = 512
-"""A pyramid stops when its longer side is at most this."""
 ZSTD_LEVEL = 1
 
 
@@ -49,33 +45,6 @@ def create_array(
 def compress(chunk: NDArray[np.uint8]) -> bytes:
     """Return the bytes of the file in which :func:`create_array`'s arrays keep a chunk."""
     return bytes(Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(chunk)))
-
-
-def build_pyramid(
-    group: zarr.Group, key: str, *, average: bool, workers: int = 1
-) -> list[zarr.Array[Any]]:
-    """Write ever coarser copies ``<key>_2x``, ``_4x``, ... of a map.
-
-    Args:
-        group: the group that holds the map.
-        key: path of the map.
-        average: mean of 2 x 2 pixels (probabilities) instead of every second pixel (ids).
-        workers: threads; each holds one chunk and the four that it is made of.
-
-    Returns:
-        All levels, the map itself first.
-    """
-    first = group[key]
-    if not isinstance(first, zarr.Array):
-        raise TypeError(f"{key} is not an array")
-    levels: list[zarr.Array[Any]] = [first]
-    while max(levels[-1].shape[-2:]) > COARSEST_PX:
-        source = levels[-1]
-        shape = *source.shape[:-2], *(-(-side // 2) for side in source.shape[-2:])
-        target = create_array(group, f"{key}_{2 ** len(levels)}x", shape, source.chunks)
-        _halve(source, target, _mean_of_cells if average else _first_of_cells, workers=workers)
-        levels.append(target)
-    return levels
 
 
 def multiscale(
@@ -141,38 +110,3 @@ def ome_attributes(entries: Sequence[dict[str, Any]], *, below: str = "") -> dic
         for entry in entries
     ]
     return {"version": "0.5", "multiscales": relative}
-
-
-def _halve(
-    source: zarr.Array[Any],
-    target: zarr.Array[Any],
-    reduce: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
-    *,
-    workers: int,
-) -> None:
-    """Fill a map of half the rows and columns: 2 x 2 chunks become one, which one thread writes."""
-    high, wide = target.chunks[-2:]
-
-    def fill(corner: tuple[int, int]) -> None:
-        y, x = corner
-        cells = (..., slice(2 * y, 2 * (y + high)), slice(2 * x, 2 * (x + wide)))
-        halved = reduce(np.asarray(source[cells], np.uint8))
-        target[..., y : y + halved.shape[-2], x : x + halved.shape[-1]] = halved
-
-    corners = product(range(0, target.shape[-2], high), range(0, target.shape[-1], wide))
-    with ThreadPoolExecutor(workers, "pyramid") as pool:
-        for _ in pool.map(fill, corners):
-            pass
-
-
-def _first_of_cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return pixels[..., ::2, ::2]
-
-
-def _mean_of_cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the rounded mean of each 2 x 2 cell; odd sides repeat their last row or column."""
-    odd = [(0, 0)] * (pixels.ndim - 2) + [(0, side % 2) for side in pixels.shape[-2:]]
-    even = np.pad(pixels, odd, mode="edge").astype(np.uint16)
-    rows = even[..., ::2, :] + even[..., 1::2, :]
-    cells: NDArray[np.uint16] = rows[..., ::2] + rows[..., 1::2]
-    return ((cells + 2) // 4).astype(np.uint8)

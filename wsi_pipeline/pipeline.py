@@ -7,34 +7,34 @@
                        RunReport <- preview <- tissue table <- objects table
 
 :func:`predict` needs the slide and a predictor; :func:`polygonize` needs no network and
-imports none. Between them lies the sealed store.
+imports none. Between them lies the store. On a device of its own the network leaves the
+processor free, and objects are drafted from the blocks as they come.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipeline.attempt import Attempt
+from wsi_pipeline.drafting import ArrivingMaps, Draft
 from wsi_pipeline.durable import remove_tree
-from wsi_pipeline.errors import Interrupted, StoreError
+from wsi_pipeline.filling import Predictor, fill_store, lay_tiles, open_store
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import extract_objects, outline_polygons
-from wsi_pipeline.job import SlideJob, versions
+from wsi_pipeline.job import versions
 from wsi_pipeline.preview import draw_preview, write_preview
 from wsi_pipeline.slide import PixelSize, Slide
-from wsi_pipeline.spec import AnchorRules, ModelSpec, PeakRules
-from wsi_pipeline.store import PredictionBlock, PredictionStore
+from wsi_pipeline.spec import AnchorRules, PeakRules
+from wsi_pipeline.store import PredictionStore
 from wsi_pipeline.table import ObjectWriter, read_centroids, read_objects, write_tissue
-from wsi_pipeline.tiling import PANEL_PX, TileGrid
 from wsi_pipeline.tissue import TissueMask, detect_tissue, read_mask
 
 __all__ = ["Predicted", "Predictor", "polygonize", "predict"]
@@ -43,46 +43,19 @@ TISSUE_MPP = 8.0
 """Pixel size of the thumbnail on which tissue is found, in micrometres."""
 PREVIEW_PX = 1600
 """Long side of the picture in the preview."""
-WRITES_PENDING = 2
-"""Blocks that may wait for the disk before the network has to wait too."""
-
 Advance = Callable[[str, int, int], None]
 """Told the stage, what is done of it, and how much there is."""
 T = TypeVar("T")
 
 
-class Predictor(Protocol):
-    """Whatever turns the tiles of a slide into blocks of maps."""
-
-    spec: ModelSpec
-    device: str
-    precision: str
-    tile_px: int
-    halo_px: int
-    canvas_bytes: int
-    extractors: int
-
-    def predict(
-        self,
-        slide: Slide,
-        tiles: TileGrid,
-        *,
-        stop: Callable[[], bool],
-        warn: Callable[[str, str], None],
-    ) -> Iterator[PredictionBlock]:
-        """Yield one block a tile, in order; a block keeps its arrays. End when asked to stop.
-
-        ``warn`` is told the code and the message of what the user should know.
-        """
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """A slide whose maps are sealed, and what the tables need to know of it."""
+    """A slide whose maps are complete, and what the tables need to know of it."""
 
     store: PredictionStore
-    """The maps."""
+    """The maps; sealed already, if an earlier try came as far."""
+    draft: Draft
+    """Its objects, as far as they could be drawn while the maps were made."""
     tissue: TissueMask
     """Where the tissue is."""
     picture: NDArray[np.uint8]
@@ -96,12 +69,26 @@ class Predicted:
 
 
 def predict(
-    attempt: Attempt, predictor: Predictor, *, stop: Callable[[], bool], advance: Advance
+    attempt: Attempt,
+    predictor: Predictor,
+    *,
+    workers: int,
+    beside: bool,
+    stop: Callable[[], bool],
+    advance: Advance,
 ) -> Predicted:
-    """Open a slide, find its tissue, and fill and seal its store of maps.
+    """Open a slide, find its tissue, and fill its store of maps.
 
     A store that the same job left unfinished goes on from its missing blocks; one that
     is sealed already is used as it is.
+
+    Args:
+        attempt: the try at the slide.
+        predictor: the network.
+        workers: threads that extract objects.
+        beside: whether they begin while the network works.
+        stop: asked before each batch.
+        advance: told how far it is.
 
     Raises:
         WsiPipelineError: the slide, its mask or the disk is not usable.
@@ -115,25 +102,43 @@ def predict(
         size = slide.pixel_size
         report.mpp = {"x": size.x, "y": size.y, "source": size.source}
         with attempt.stage("tissue"):
-            if job.mask is not None:
-                tissue = read_mask(job.mask, slide.size)
-            else:
-                tissue = detect_tissue(*slide.thumbnail(TISSUE_MPP), (size.x, size.y))
-                if slide.holes:
-                    message = "part of the overview cannot be decoded; its place counts as tissue"
-                    attempt.warn("corrupt_region", message)
-                    tissue = tissue.including(slide.holes)
-            report.tissue_mm2 = round(tissue.area_mm2((size.x, size.y)), 6)
-            if report.tissue_mm2 == 0:
-                attempt.warn("no_tissue", "no tissue was found; the tables are empty")
+            tissue = _find_tissue(attempt, slide)
         with attempt.stage("predict"):
-            store = _fill_store(attempt, slide, tissue, predictor, stop, advance)
+            tiles = lay_tiles(slide, tissue, predictor)
+            store = open_store(job, slide, tissue, tiles, predictor)
+            missing = store.missing(tiles)
+            maps = ArrivingMaps(store, missing)
+            objects = extract_objects(
+                maps,
+                slide_id=job.slide_id,
+                workers=workers,
+                stop=stop,
+                scratch=job.objects_path.parent,
+            )
+            draft = Draft(objects, maps, workers=workers)
+            done, total = len(tiles.tiles) - len(missing.tiles), len(tiles.tiles)
+            advance("predict", done, total)
+            filling = fill_store(
+                store,
+                missing,
+                slide=slide,
+                tissue=tissue,
+                predictor=predictor,
+                stop=stop,
+                wrote=maps.arrived,
+                warn=attempt.warn,
+            )
+            with draft.beside() if beside else nullcontext(), closing(filling):
+                for number, tile in enumerate(filling, start=done + 1):
+                    attempt.predicted_px += tile.write.area
+                    advance("predict", number, total)
         _report_holes(attempt, store)
         with attempt.stage("write"):
             extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
             picture, picture_grid = slide.thumbnail(max(extent_um / PREVIEW_PX, size.x, size.y))
         return Predicted(
             store=store,
+            draft=draft,
             tissue=tissue,
             picture=picture,
             picture_grid=picture_grid,
@@ -142,37 +147,31 @@ def predict(
         )
 
 
-def polygonize(
-    attempt: Attempt,
-    predicted: Predicted,
-    *,
-    workers: int,
-    stop: Callable[[], bool],
-    advance: Advance,
-) -> None:
-    """Turn sealed maps into the slide's tables and preview.
+def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> None:
+    """Turn complete maps into the slide's tables and preview, and seal them.
 
     Raises:
         WsiPipelineError: the maps are not usable or the disk is full.
         Interrupted: ``stop`` said so.
     """
-    job, report, store = attempt.job, attempt.report, predicted.store
+    job, report, objects = attempt.job, attempt.report, predicted.draft.extraction
     metadata = _metadata(attempt, predicted)
-    with attempt.stage("polygonize"):
-        extraction = extract_objects(store, slide_id=job.slide_id, workers=workers, stop=stop)
-        with ObjectWriter(
-            job.objects_path, metadata=metadata, pixel_size=store.pixel_size
-        ) as writer:
-            for batch in _timed(extraction.batches, attempt, advance):
-                writer.write(batch)
-            metadata["truncated"] = report.truncated = extraction.truncated
-            metadata["oversized"] = extraction.oversized
-            report.counts = {h.object_kind or h.name: 0 for h in store.spec.object_heads}
-            report.counts.update(writer.counts)
-    if extraction.oversized:
-        attempt.log("oversized", level="warning", objects=extraction.oversized)
+    table = ObjectWriter(job.objects_path, metadata=metadata, pixel_size=predicted.store.pixel_size)
+    with attempt.stage("write"), closing(objects), table:
+        with attempt.stage("polygonize"):
+            attempt.add_seconds("polygonize", predicted.draft.finish())
+            for batch in _timed(objects.batches, attempt, advance):
+                table.write(batch)
+        metadata["truncated"] = report.truncated = objects.truncated
+        metadata["oversized"] = objects.oversized
+        report.counts = {h.object_kind or h.name: 0 for h in predicted.store.spec.object_heads}
+        report.counts.update(table.counts)
+        # The table appears when this block ends: after the maps, so that it never stands alone.
+        store = predicted.store.seal()
+    if objects.oversized:
+        attempt.log("oversized", level="warning", objects=objects.oversized)
     with attempt.stage("write"):
-        _write_tissue(attempt, predicted, metadata)
+        _write_tissue(attempt, predicted, store, metadata)
         _write_preview(attempt, predicted)
         for path in (job.objects_path, job.tissue_path, job.preview_path):
             attempt.add_output(path)
@@ -182,106 +181,20 @@ def polygonize(
             remove_tree(job.maps_path)
 
 
-def _fill_store(
-    attempt: Attempt,
-    slide: Slide,
-    tissue: TissueMask,
-    predictor: Predictor,
-    stop: Callable[[], bool],
-    advance: Advance,
-) -> PredictionStore:
-    grid = slide.working_grid(predictor.spec.mpp)
-    tiles = TileGrid.cover(
-        grid,
-        tile_px=predictor.tile_px,
-        halo_px=predictor.halo_px,
-        panel_px=_panel_px(slide, grid, predictor),
-        wanted=lambda box: tissue.touches(grid, box),
-    )
-    job = attempt.job
-    identity = _maps_identity(job, tissue, predictor)
-    sealed = _sealed_store(job.maps_path, identity)
-    if sealed is not None:
-        return sealed
-    store = PredictionStore.create(
-        job.maps_path,
-        spec=predictor.spec,
-        tiles=tiles,
-        pixel_size=(slide.pixel_size.x, slide.pixel_size.y),
-        identity=identity,
-    )
-    missing = store.missing(tiles)
-    total = len(tiles.tiles)
-    written = total - len(missing.tiles)
-    advance("predict", written, total)
-
-    def write(block: PredictionBlock) -> None:
-        readable = 1 - slide.unreadable_share(grid, block.tile.write)
-        store.write(_clip(block, grid, tissue, predictor.spec), readable=readable)
-
-    # One writer, one block at a time: it works while the network does.
-    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        pending: deque[Future[None]] = deque()
-        try:
-            for block in predictor.predict(slide, missing, stop=stop, warn=attempt.warn):
-                pending.append(writer.submit(write, block))
-                while len(pending) > WRITES_PENDING:
-                    pending.popleft().result()
-                written += 1
-                attempt.predicted_px += block.tile.write.area
-                advance("predict", written, total)
-        finally:
-            for future in pending:
-                future.result()
-    if stop():
-        raise Interrupted(f"stopped after {written} of {total} blocks")
-    return store.seal(workers=predictor.extractors)
-
-
-def _panel_px(slide: Slide, grid: PixelGrid, predictor: Predictor) -> int:
-    """Return the width of columns of tiles whose canvases fit into the predictor's bytes."""
-    margin, panel = 2 * predictor.halo_px, PANEL_PX
-    side = predictor.tile_px + margin
-    while panel > predictor.tile_px:
-        if slide.band_bytes(grid, (panel + margin, side)) <= predictor.canvas_bytes:
-            break
-        panel -= predictor.tile_px
-    return panel
-
-
-def _maps_identity(job: SlideJob, tissue: TissueMask, predictor: Predictor) -> str:
-    """Name everything that decides the bytes of the maps."""
-    known = versions()
-    parts = [
-        job.job_id,
-        predictor.device.partition(":")[0],
-        predictor.precision,
-        f"tile {predictor.tile_px}",
-        f"tissue {tissue.digest[:16]}",
-        *(f"{name} {known[name]}" for name in ("wsi-pipeline", "torch") if name in known),
-    ]
-    return ", ".join(parts)
-
-
-def _sealed_store(path: Path, identity: str) -> PredictionStore | None:
-    try:
-        store = PredictionStore.open(path)
-    except StoreError:
-        return None
-    return store if store.meta["identity"] == identity else None
-
-
-def _clip(
-    block: PredictionBlock, grid: PixelGrid, tissue: TissueMask, spec: ModelSpec
-) -> PredictionBlock:
-    """Blank what lies beyond the tissue, so that results do not depend on the tile size."""
-    keep = {
-        head.stride: tissue.window(grid.coarsen(head.stride), block.tile.write.coarsen(head.stride))
-        for head in spec.heads
-    }
-    maps = spec.maps
-    arrays = {key: pixels * keep[maps[key].stride] for key, pixels in block.arrays.items()}
-    return PredictionBlock(tile=block.tile, arrays=arrays)
+def _find_tissue(attempt: Attempt, slide: Slide) -> TissueMask:
+    size = (slide.pixel_size.x, slide.pixel_size.y)
+    if attempt.job.mask is not None:
+        tissue = read_mask(attempt.job.mask, slide.size)
+    else:
+        tissue = detect_tissue(*slide.thumbnail(TISSUE_MPP), size)
+        if slide.holes:
+            message = "part of the overview cannot be decoded; its place counts as tissue"
+            attempt.warn("corrupt_region", message)
+            tissue = tissue.including(slide.holes)
+    attempt.report.tissue_mm2 = round(tissue.area_mm2(size), 6)
+    if attempt.report.tissue_mm2 == 0:
+        attempt.warn("no_tissue", "no tissue was found; the tables are empty")
+    return tissue
 
 
 def _report_holes(attempt: Attempt, store: PredictionStore) -> None:
@@ -336,8 +249,10 @@ def _metadata(attempt: Attempt, predicted: Predicted) -> dict[str, Any]:
     }
 
 
-def _write_tissue(attempt: Attempt, predicted: Predicted, metadata: dict[str, Any]) -> None:
-    job, store, tissue = attempt.job, predicted.store, predicted.tissue
+def _write_tissue(
+    attempt: Attempt, predicted: Predicted, store: PredictionStore, metadata: dict[str, Any]
+) -> None:
+    job, tissue = attempt.job, predicted.tissue
     regions: list[tuple[str, bytes, float]] = []
     head = store.spec.patch_head
     if head is not None:

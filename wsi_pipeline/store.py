@@ -34,7 +34,8 @@ from zarr.errors import ContainsGroupError, NodeNotFoundError
 from wsi_pipeline.durable import disk_errors, partial_path, publish_directory, remove_tree
 from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.ome import build_pyramid, create_array, multiscale, ome_attributes
+from wsi_pipeline.ome import create_array, multiscale, ome_attributes
+from wsi_pipeline.pyramid import Pyramid
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import Tile, TileGrid
 
@@ -69,8 +70,8 @@ class PredictionBlock:
 class PredictionStore:
     """The maps of one slide, on disk.
 
-    Use :meth:`create` to write and :meth:`open` to read. Reading is thread-safe; writing
-    is for one thread at a time.
+    Use :meth:`create` to write and :meth:`open` to read. Reading is thread-safe, and so is
+    writing different blocks.
     """
 
     def __init__(self, path: Path, group: zarr.Group) -> None:
@@ -91,8 +92,11 @@ class PredictionStore:
         self._groups = {head.name: _group(group, head.name) for head in self.spec.heads}
         self._maps = self.spec.maps
         self._arrays = {key: _array(group, key) for key in self.spec.maps}
-        self._blocks: Pixels = np.asarray(_array(group, "blocks")[:], np.uint8)
+        self._marks = _array(group, "blocks")
+        self._marking = threading.Lock()
+        self._blocks: Pixels = np.asarray(self._marks[:], np.uint8)
         self._cache = _ChunkCache(CACHE_BYTES)
+        self._pyramids: dict[str, Pyramid] = {}
 
     @classmethod
     def create(
@@ -132,10 +136,23 @@ class PredictionStore:
                 unfinished = _open(beside)
                 if unfinished is not None and unfinished.meta == meta:
                     log.info("going on with %s", path.name)
-                    return unfinished
+                    return unfinished._expecting(tiles)
                 log.info("%s was begun with other options and starts again", path.name)
                 remove_tree(beside)
-            return cls(beside, _template(beside, spec, tiles, meta))
+            return cls(beside, _template(beside, spec, tiles, meta))._expecting(tiles)
+
+    def _expecting(self, tiles: TileGrid) -> PredictionStore:
+        """Prepare the pyramids for the blocks of these tiles."""
+        missing = self.missing(tiles).tiles
+        written = [tile for tile in tiles.tiles if self._blocks[tile.row, tile.column]]
+        for key, head in self._maps.items():
+            pyramid = Pyramid(self._group, key, average=key.endswith("/prob"))
+            pyramid.expect(
+                [tile.write.coarsen(head.stride) for tile in written],
+                [tile.write.coarsen(head.stride) for tile in missing],
+            )
+            self._pyramids[key] = pyramid
+        return self
 
     @classmethod
     def open(cls, path: Path) -> PredictionStore:
@@ -166,7 +183,7 @@ class PredictionStore:
         )
 
     def write(self, block: PredictionBlock, *, readable: float = 1.0) -> None:
-        """Write the block of one tile, and then mark it as written.
+        """Write the block of one tile, mark it as written, and make what is coarser from it.
 
         Args:
             block: the maps of the tile.
@@ -184,8 +201,11 @@ class PredictionStore:
                 box = block.tile.write.coarsen(self._maps[key].stride)
                 self._write_chunks(key, box, pixels)
             row = block.tile.row
-            self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
-            _array(self._group, "blocks")[row : row + 1] = self._blocks[row : row + 1]
+            with self._marking:
+                self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
+                self._marks[row : row + 1] = self._blocks[row : row + 1]
+            for key, pyramid in self._pyramids.items():
+                pyramid.update(block.tile.write.coarsen(self._maps[key].stride))
 
     def _write_chunks(self, key: str, box: Box, pixels: Pixels) -> None:
         array = self._arrays[key]
@@ -272,13 +292,15 @@ class PredictionStore:
         written = self._blocks[self._blocks > 0]
         return float(1 - written.mean() / WHOLE) if written.size else 0.0
 
-    def seal(self, *, workers: int = 1) -> PredictionStore:
-        """Build the pyramids, sync everything, and give the store its final name.
+    def seal(self) -> PredictionStore:
+        """Complete the pyramids, sync everything, and give the store its final name.
 
-        Args:
-            workers: threads that build the pyramids; each holds one block of them.
+        Returns:
+            The store under its final name; itself if it is sealed already.
         """
         final = self.path.with_name(self.path.name.removeprefix(".").removesuffix(".partial"))
+        if final == self.path:
+            return self
         with disk_errors(final):
             entries = []
             for key in self._arrays:
@@ -286,9 +308,7 @@ class PredictionStore:
                 entries.append(
                     multiscale(
                         key,
-                        build_pyramid(
-                            self._group, key, average=key.endswith("/prob"), workers=workers
-                        ),
+                        self._pyramids[key].finish(),
                         grid=self.head_grid(head.name),
                         pixel_size=self.pixel_size,
                         channels=head.prob_channels if key.endswith("/prob") else (),

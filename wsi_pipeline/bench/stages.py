@@ -190,7 +190,7 @@ def _maps(subject: Subject) -> Stage:
             with watch.running():
                 store.write(block)
         with watch.running():
-            store.seal(workers=subject.workers)
+            store.seal()
         remove_tree(folder)
         return watch.seconds
 

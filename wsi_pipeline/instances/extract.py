@@ -3,54 +3,159 @@
 Heads with anchor rules go through :mod:`wsi_pipeline.instances.anchors`, heads with run rules
 through :mod:`wsi_pipeline.instances.regions`, heads with peak rules through
 :mod:`wsi_pipeline.instances.peaks`; no result depends on the window, the halo or the number of
-threads, and the order of rows is a function of the objects alone:
+threads, and the order of rows (:mod:`wsi_pipeline.instances.places`) is a function of the
+objects alone.
 
-    head (as the model lists them), panel (column of 8192 px), cell (2048 px; row by
-    row within the panel), ``object_id``
-
-Windows are walked panel by panel, so only the cells of one row of windows are held.
+There are two walks. The first (:mod:`wsi_pipeline.instances.survey`) looks at every window, and
+can do so while the maps still grow. The second needs all of it: large objects are joined over
+the slide, and then every row gets its parent, its tissue and its turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from wsi_pipeline.errors import ModelBundleError
-from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.instances.anchors import AnchorFinder
-from wsi_pipeline.instances.heads import HeadMaps, MapStore, Objects
+from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.instances.heads import HeadMaps, MapStore
 from wsi_pipeline.instances.kernels import Ints
-from wsi_pipeline.instances.parallel import ordered_map
-from wsi_pipeline.instances.peaks import PeakFinder
+from wsi_pipeline.instances.parallel import check_stop, ordered_map
+from wsi_pipeline.instances.places import cell_side, lay_panels, place_order, split_rows
 from wsi_pipeline.instances.regions import Regions, find_regions, lay_tiles
-from wsi_pipeline.instances.rows import ID_BITS, RowMaker
+from wsi_pipeline.instances.rows import Surroundings
 from wsi_pipeline.instances.runs import Runs
+from wsi_pipeline.instances.survey import Arrival, SmallObjects, Survey, count_at_border
 from wsi_pipeline.instances.tracing import trace_runs
-from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, PeakRules, RunRules
+from wsi_pipeline.spec import HeadSpec, ModelSpec, RunRules
 
 __all__ = ["Extraction", "extract_objects", "outline_polygons"]
 
-_PANEL_PX = 8192
-_CELL_PX = 2048
 _CHUNK = 512
 """Regions drawn at a time."""
 
 
-@dataclass(kw_only=True)
 class Extraction:
     """Objects on their way from the maps to the table."""
 
-    batches: Iterator[pa.RecordBatch] = field(init=False)
-    """Rows of ``table.OBJECT_SCHEMA`` in final order; can be walked once."""
-    truncated: int = 0
-    """Objects that touch the border of the slide, so that a part is missing. After the walk."""
-    oversized: int = 0
-    """Cores dropped because they exceed ``max_diameter_um``. After the walk."""
+    def __init__(
+        self,
+        store: MapStore,
+        survey: Survey,
+        order: list[HeadSpec],
+        *,
+        workers: int,
+        stop: Callable[[], bool],
+    ) -> None:
+        """Use :func:`extract_objects`."""
+        self.truncated = 0
+        """Objects that touch the border of the slide, so that a part is missing. After the walk."""
+        self.oversized = 0
+        """Cores dropped because they exceed ``max_diameter_um``. After the walk."""
+        self.batches = self._batches()
+        """Rows of ``table.OBJECT_SCHEMA`` in final order; can be walked once."""
+        self._store = store
+        self._survey = survey
+        self._order = order
+        self._workers = workers
+        self._stop = stop
+        self._begun = False
+
+    def begin(self, arrival: Arrival | None = None) -> None:
+        """Do all that needs no other part of the maps than a window's own.
+
+        That is most of the work. Without this call, it is done when the batches are walked.
+
+        Args:
+            arrival: tells when the maps under a box of the working grid are there (the later,
+                the larger); windows are looked at in that order. None: all are there.
+
+        Raises:
+            Interrupted: ``stop()`` was true.
+        """
+        self._begun = True
+        self._survey.walk(arrival, workers=self._workers, stop=self._stop)
+
+    def close(self) -> None:
+        """Give back what is held for batches that nobody will walk through."""
+        self.batches.close()
+        self._survey.close()
+
+    def _batches(self) -> Generator[pa.RecordBatch, None, None]:
+        """Yield the rows of all heads in the order of the model."""
+        try:
+            if not self._begun:
+                self.begin()
+            regions = self._find_regions()
+            around = Surroundings(self._store, regions)
+            for head in self._store.spec.object_heads:
+                maps = HeadMaps(store=self._store, head=head)
+                if head.name in regions:
+                    yield from self._drawn(maps, regions[head.name], around)
+                else:
+                    yield from self._put_aside(self._survey.small[head.name], around)
+        finally:
+            self._survey.close()
+
+    def _find_regions(self) -> dict[str, Regions]:
+        regions: dict[str, Regions] = {}
+        for head in self._order:
+            cores = self._survey.cores[head.name]
+            regions[head.name] = find_regions(
+                cores.maps,
+                cores.rules,
+                cores.joined(),
+                regions[head.parent] if head.inside_parent and head.parent else None,
+                window_px=cores.window_px,
+                workers=self._workers,
+                stop=self._stop,
+            )
+        return regions
+
+    def _drawn(
+        self, maps: HeadMaps, regions: Regions, around: Surroundings
+    ) -> Iterator[pa.RecordBatch]:
+        order = place_order(maps, *regions.anchors.T)
+        chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
+
+        def draw(index: Ints) -> tuple[pa.RecordBatch, int]:
+            objects = regions.objects(index)
+            rows = self._survey.make.rows(maps, objects)
+            return around.fill(maps, rows, objects.parents), count_at_border(maps, objects)
+
+        for batch, truncated in ordered_map(draw, chunks, workers=self._workers, stop=self._stop):
+            self.truncated += truncated
+            yield batch
+
+    def _put_aside(self, small: SmallObjects, around: Surroundings) -> Iterator[pa.RecordBatch]:
+        """Yield the rows that were put aside, sorted by place and completed."""
+        self.truncated += small.truncated
+        self._count_oversized(small)
+        maps = small.maps
+        cell = cell_side(maps)
+        for panel in lay_panels(maps):
+            held: list[pa.RecordBatch] = []
+            for tile in lay_tiles(panel, small.window_px):
+                held += small.rows(tile)
+                if tile.x1 == panel.x1 and held:
+                    check_stop(self._stop)
+                    # A row of windows is done: rows of cells above its end are complete.
+                    last = tile.y1 == panel.y1
+                    done = maps.grid.size[1] if last else tile.y1 // cell * cell
+                    ready, held = split_rows(maps, held, done)
+                    for rows in ready:
+                        yield around.fill(maps, rows)
+
+    def _count_oversized(self, small: SmallObjects) -> None:
+        if small.any_oversized:
+            # Where one was met depends on the windows; how many there are does not.
+            finder = self._survey.finders[small.maps.head.name]
+            tiles = lay_tiles(small.maps.grid.box, small.window_px)
+            scan = ordered_map(finder.core_runs, tiles, workers=self._workers, stop=self._stop)
+            self.oversized += finder.count_oversized(list(scan))
 
 
 def extract_objects(
@@ -61,16 +166,18 @@ def extract_objects(
     halo_px: int = 32,
     workers: int = 1,
     stop: Callable[[], bool] = lambda: False,
+    scratch: Path | None = None,
 ) -> Extraction:
     """Turn the maps of a slide into objects.
 
     Args:
-        store: finished maps.
+        store: the maps. They may still be growing if their ``read`` waits for what is not there.
         slide_id: goes into every row.
         window_px: side of the windows, in pixels of each head; only costs depend on it.
         halo_px: margin of the windows; only costs depend on it.
         workers: threads.
         stop: asked before each window.
+        scratch: folder for rows that wait for their turn, where they are too many for memory.
 
     Raises:
         ModelBundleError: the heads' rules contradict each other.
@@ -79,19 +186,9 @@ def extract_objects(
     if window_px < 1 or halo_px < 0:
         msg = f"window ({window_px}) must be positive and halo ({halo_px}) not negative"
         raise ValueError(msg)
-    extraction = Extraction()
-    walk = _Walk(
-        store=store,
-        slide_id=slide_id,
-        window_px=window_px,
-        halo_px=halo_px,
-        workers=workers,
-        stop=stop,
-        extraction=extraction,
-    )
     order = _parents_first(store.spec)
-    extraction.batches = walk.batches(order)
-    return extraction
+    survey = Survey(store, slide_id, window_px=window_px, halo_px=halo_px, scratch=scratch)
+    return Extraction(store, survey, order, workers=workers, stop=stop)
 
 
 def outline_polygons(image: Ints, grid: PixelGrid) -> list[tuple[int, bytes, int]]:
@@ -139,135 +236,3 @@ def _parents_first(spec: ModelSpec) -> list[HeadSpec]:
         order += ready
         waiting = [head for head in waiting if head not in ready]
     return order
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Walk:
-    """One pass over all heads of a slide."""
-
-    store: MapStore
-    slide_id: str
-    window_px: int
-    halo_px: int
-    workers: int
-    stop: Callable[[], bool]
-    extraction: Extraction
-
-    def batches(self, order: list[HeadSpec]) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of all heads in the order of the model."""
-        regions: dict[str, Regions] = {}
-        for head in order:
-            assert isinstance(head.rules, RunRules)
-            regions[head.name] = find_regions(
-                HeadMaps(store=self.store, head=head),
-                head.rules,
-                regions[head.parent] if head.inside_parent and head.parent else None,
-                window_px=self.window_px,
-                workers=self.workers,
-                stop=self.stop,
-            )
-        make = RowMaker(self.store, self.slide_id, regions)
-        for head in self.store.spec.object_heads:
-            maps = HeadMaps(store=self.store, head=head)
-            if isinstance(head.rules, AnchorRules):
-                yield from self._anchored(maps, head.rules, make)
-            elif isinstance(head.rules, PeakRules):
-                yield from self._peaked(maps, head.rules, make)
-            else:
-                yield from self._drawn(maps, regions[head.name], make)
-
-    def _drawn(self, maps: HeadMaps, regions: Regions, make: RowMaker) -> Iterator[pa.RecordBatch]:
-        order = _place_order(maps, *regions.anchors.T)
-        chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
-
-        def draw(index: Ints) -> tuple[pa.RecordBatch, int]:
-            objects = regions.objects(index)
-            return make.rows(maps, objects), _at_border(maps, objects)
-
-        for batch, truncated in ordered_map(draw, chunks, workers=self.workers, stop=self.stop):
-            self.extraction.truncated += truncated
-            yield batch
-
-    def _anchored(
-        self, maps: HeadMaps, rules: AnchorRules, make: RowMaker
-    ) -> Iterator[pa.RecordBatch]:
-        finder = AnchorFinder(maps, rules)
-        find = partial(finder.find, halo_px=self.halo_px)
-        if (yield from self._in_windows(maps, find, make)):
-            # Where one was met depends on the windows; how many there are does not.
-            scan = partial(ordered_map, workers=self.workers, stop=self.stop)
-            tiles = lay_tiles(maps.grid.box, self.window_px)
-            self.extraction.oversized += finder.count_oversized(list(scan(finder.core_runs, tiles)))
-
-    def _peaked(self, maps: HeadMaps, rules: PeakRules, make: RowMaker) -> Iterator[pa.RecordBatch]:
-        finder = PeakFinder(maps, rules)
-        yield from self._in_windows(maps, lambda tile: (finder.find(tile), False), make)
-
-    def _in_windows(
-        self,
-        maps: HeadMaps,
-        find: Callable[[Box], tuple[Objects | None, bool]],
-        make: RowMaker,
-    ) -> Generator[pa.RecordBatch, None, bool]:
-        """Yield rows of the objects that each window owns; return whether any was oversized."""
-
-        def rows(tile: Box) -> tuple[pa.RecordBatch | None, int, bool]:
-            objects, oversized = find(tile)
-            if objects is None:
-                return None, 0, oversized
-            return make.rows(maps, objects), _at_border(maps, objects), oversized
-
-        cell = max(1, _CELL_PX // maps.head.stride)
-        any_oversized = False
-        for panel in _panels(maps):
-            held: list[pa.RecordBatch] = []
-            tiles = lay_tiles(panel, self.window_px)
-            results = ordered_map(rows, tiles, workers=self.workers, stop=self.stop)
-            for tile, (batch, truncated, oversized) in zip(tiles, results, strict=True):
-                self.extraction.truncated += truncated
-                any_oversized |= oversized
-                held += [] if batch is None else [batch]
-                if tile.x1 == panel.x1 and held:
-                    # A row of windows is done: rows of cells above its end are complete.
-                    last = tile.y1 == panel.y1
-                    done = maps.grid.size[1] if last else tile.y1 // cell * cell
-                    ready, held = _split(maps, held, done)
-                    yield from ready
-        return any_oversized
-
-
-def _panels(maps: HeadMaps) -> Iterator[Box]:
-    side = max(1, _PANEL_PX // maps.head.stride)
-    width, height = maps.grid.size
-    for x in range(0, width, side):
-        yield Box(x=x, y=0, width=min(side, width - x), height=height)
-
-
-def _place_order(maps: HeadMaps, x: Ints, y: Ints) -> Ints:
-    """Return the order of rows by panel, cell and id."""
-    panel = max(1, _PANEL_PX // maps.head.stride)
-    cell = max(1, _CELL_PX // maps.head.stride)
-    return np.lexsort((x, y, x // cell, y // cell, x // panel))
-
-
-def _split(
-    maps: HeadMaps, batches: list[pa.RecordBatch], done_y: int
-) -> tuple[list[pa.RecordBatch], list[pa.RecordBatch]]:
-    """Sort rows by place; return those with anchors above ``done_y``, and the others."""
-    table = pa.concat_batches(batches)
-    number = table.column("object_id").to_numpy() & ((1 << ID_BITS) - 1)
-    y, x = np.divmod(number, maps.grid.size[0])
-    order = _place_order(maps, x, y)
-    ready = table.take(pa.array(order[y[order] < done_y]))
-    rest = table.take(pa.array(np.flatnonzero(y >= done_y)))
-    return ([ready] if len(ready) else []), ([rest] if len(rest) else [])
-
-
-def _at_border(maps: HeadMaps, objects: Objects) -> int:
-    """Count the objects that touch the border of the slide."""
-    width, height = maps.grid.size
-    left, top, right, bottom = (
-        objects.outlines.column(name) for name in ("left", "top", "right", "bottom")
-    )
-    touches = (left <= 0) | (top <= 0) | (right >= 2 * width) | (bottom >= 2 * height)
-    return int(np.count_nonzero(touches))

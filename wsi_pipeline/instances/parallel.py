@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from wsi_pipeline.errors import Interrupted
 
-__all__ = ["ordered_map"]
+__all__ = ["check_stop", "ordered_map"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,7 +21,7 @@ def ordered_map(
     *,
     workers: int,
     stop: Callable[[], bool],
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Apply a function in threads; yield the results in order, a bounded number ahead.
 
     Args:
@@ -38,25 +38,26 @@ def ordered_map(
         raise ValueError(msg)
     if workers == 1:
         for item in items:
-            _check(stop)
+            check_stop(stop)
             yield function(item)
         return
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
-                _check(stop)
+                check_stop(stop)
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
-                _check(stop)
+                check_stop(stop)
                 yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
 
 
-def _check(stop: Callable[[], bool]) -> None:
+def check_stop(stop: Callable[[], bool]) -> None:
+    """Raise Interrupted if ``stop()`` is true."""
     if stop():
         raise Interrupted("asked to stop while the objects were drawn; run the command again")

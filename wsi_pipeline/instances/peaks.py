@@ -38,7 +38,7 @@ class PeakFinder:
         self.maps = maps
         self._heat_from = above(rules.threshold)
         self._disc = _disc(rules.min_distance_um, maps.mpp)
-        self._margin = int(np.abs(self._disc).max(initial=0))
+        self.margin_px = int(np.abs(self._disc).max(initial=0))
         # Pixels that the value 255 of a size channel stands for, x and y.
         self._largest_px = tuple(rules.max_size_um / mpp for mpp in maps.mpp)
 
@@ -51,10 +51,10 @@ class PeakFinder:
         Returns:
             The objects in raster order, or None where there are none.
         """
-        window = tile.pad(self._margin)
+        window = tile.pad(self.margin_px)
         heat, width, height = self.maps.probabilities(window)
         offsets = self._disc[:, 1] * window.width + self._disc[:, 0]
-        found = _peaks(heat, self._heat_from, self._margin, offsets)
+        found = _peaks(heat, self._heat_from, self.margin_px, offsets)
         if not found.size:
             return None
         y, x = np.divmod(found, window.width)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from wsi_pipeline.instances.runs import Runs
 from wsi_pipeline.instances.tracing import trace_runs
 from wsi_pipeline.spec import RunRules
 
-__all__ = ["Regions", "element_offsets", "find_regions", "lay_tiles"]
+__all__ = ["Regions", "core_runs", "element_offsets", "find_regions", "lay_tiles"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +75,7 @@ class Regions:
 def find_regions(
     maps: HeadMaps,
     rules: RunRules,
+    cores: Runs,
     parent: Regions | None,
     *,
     window_px: int,
@@ -87,6 +87,7 @@ def find_regions(
     Args:
         maps: the head's maps.
         rules: thresholds and sizes.
+        cores: the joined :func:`core_runs` of tiles that cover the map.
         parent: the objects that confine these, on the same grid; None: nothing does.
         window_px: side of the tiles; any value gives the same objects.
         workers: threads.
@@ -97,8 +98,6 @@ def find_regions(
     """
     tiles = lay_tiles(maps.grid.box, window_px)
     width = maps.grid.size[0]
-    scan = partial(_core_runs, maps, rules)
-    cores = Runs.join(width, list(ordered_map(scan, tiles, workers=workers, stop=stop)))
     if parent is not None:
         cores = cores.intersect(parent.runs)
     labels, count = cores.components()
@@ -258,7 +257,8 @@ class _Growth:
         )
 
 
-def _core_runs(maps: HeadMaps, rules: RunRules, tile: Box) -> tuple[Ints, Ints]:
+def core_runs(maps: HeadMaps, rules: RunRules, tile: Box) -> tuple[Ints, Ints]:
+    """Return the runs of the cores in a tile: ``(places, values)`` as ``Runs.join`` wants."""
     inner, contour = maps.probabilities(tile)
     core = (inner >= above(rules.inner_threshold)) & (contour < above(rules.contour_threshold))
     y, x0, x1, value = find_runs(core.view(np.uint8))

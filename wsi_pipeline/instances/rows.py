@@ -13,7 +13,7 @@ from wsi_pipeline.instances.regions import Regions
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.table import OBJECT_SCHEMA
 
-__all__ = ["ID_BITS", "RowMaker"]
+__all__ = ["ID_BITS", "RowMaker", "Surroundings"]
 
 ID_BITS = 48
 """The lower bits of an ``object_id`` are the raster index of the anchor on its head's grid;
@@ -21,30 +21,23 @@ the bits above are the head's place in the model."""
 
 
 class RowMaker:
-    """Makes the table's rows for one slide."""
+    """Makes the table's rows for one slide, without what lies around the objects."""
 
-    def __init__(self, store: MapStore, slide_id: str, regions: Mapping[str, Regions]) -> None:
-        self._spec = store.spec
+    def __init__(self, spec: ModelSpec, slide_id: str) -> None:
+        self._spec = spec
         self._slide_ids = pa.array([slide_id])
-        self._regions = regions
         # The same dictionaries in every batch, so that batches can be joined freely.
-        self._kinds = _distinct(head.object_kind for head in self._spec.object_heads)
+        self._kinds = _distinct(head.object_kind for head in spec.object_heads)
         self._classes = _distinct(
-            name for head in self._spec.heads if head.kind == "class" for name in head.classes[1:]
+            name for head in spec.heads if head.kind == "class" for name in head.classes[1:]
         )
-        patch = self._spec.patch_head
-        self._tissues = _distinct(patch.classes if patch else ())
-        self._tissue_map: Ints | None = None
-        if patch is not None:
-            # One pixel for 16 x 16 or more of the network's: small for any slide.
-            self._tissue_grid = store.head_grid(patch.name)
-            box = self._tissue_grid.box
-            predicted = store.read(f"{patch.name}/prob", box).any(axis=0)
-            # Classes from 1 on; 0 where nothing was predicted, which is no tissue class.
-            self._tissue_map = np.where(predicted, store.read(f"{patch.name}/class", box) + 1, 0)
+        self._tissues = _tissue_names(spec)
 
     def rows(self, maps: HeadMaps, objects: Objects) -> pa.RecordBatch:
-        """Return one row of ``OBJECT_SCHEMA`` for each object, in the given order."""
+        """Return one row of ``OBJECT_SCHEMA`` for each object, in the given order.
+
+        The columns ``parent_id`` and ``tissue`` are null: see :class:`Surroundings`.
+        """
         outlines = objects.outlines
         centroid = _centroids(maps, objects)
         class_codes, class_prob = _vote(objects, self._class_codes(maps))
@@ -63,8 +56,8 @@ class RowMaker:
             **_shape_columns(maps, objects),
             "centroid_x": centroid[:, 0],
             "centroid_y": centroid[:, 1],
-            "parent_id": self._parents(maps, objects, centroid),
-            "tissue": self._tissue(centroid),
+            "parent_id": pa.nulls(n, pa.int64()),
+            "tissue": _coded(np.full(n, -1, np.int32), self._tissues),
             "bbox": pa.StructArray.from_arrays(
                 [pa.array(side) for side in outlines.bounds(maps.grid).T],
                 fields=list(OBJECT_SCHEMA.field("bbox").type),
@@ -84,22 +77,66 @@ class RowMaker:
         codes = [self._classes.index(name).as_py() for name in names[1:]]
         return np.array([-1, *codes], np.int32)
 
-    def _parents(self, maps: HeadMaps, objects: Objects, centroid: Ints) -> pa.Array:
+
+class Surroundings:
+    """Says where objects lie: in which parent object, on which tissue."""
+
+    def __init__(self, store: MapStore, regions: Mapping[str, Regions]) -> None:
+        """Read the tissue map.
+
+        Args:
+            store: finished maps.
+            regions: all objects of the heads with run rules, by name.
+        """
+        self._store = store
+        self._regions = regions
+        self._tissues = _tissue_names(store.spec)
+        self._tissue_map: Ints | None = None
+        patch = store.spec.patch_head
+        if patch is not None:
+            # One pixel for 16 x 16 or more of the network's: small for any slide.
+            self._tissue_grid = store.head_grid(patch.name)
+            box = self._tissue_grid.box
+            predicted = store.read(f"{patch.name}/prob", box).any(axis=0)
+            # Classes from 1 on; 0 where nothing was predicted, which is no tissue class.
+            self._tissue_map = np.where(predicted, store.read(f"{patch.name}/class", box) + 1, 0)
+
+    def fill(
+        self, maps: HeadMaps, rows: pa.RecordBatch, parents: Ints | None = None
+    ) -> pa.RecordBatch:
+        """Return rows with the columns ``parent_id`` and ``tissue``.
+
+        Args:
+            maps: of the head the rows come from.
+            rows: as :class:`RowMaker` makes them.
+            parents: (N,) labels of the parents where they are known beforehand; else the
+                parent is what the centroid lies in.
+        """
+        centroid = np.stack(
+            [rows.column(name).to_numpy() for name in ("centroid_x", "centroid_y")], axis=1
+        )
+        known = {
+            "parent_id": self._parents(maps, centroid, parents),
+            "tissue": self._tissue(centroid),
+        }
+        columns = [known.get(name, rows.column(name)) for name in OBJECT_SCHEMA.names]
+        return pa.RecordBatch.from_arrays(columns, schema=OBJECT_SCHEMA)
+
+    def _parents(self, maps: HeadMaps, centroid: Ints, labels: Ints | None) -> pa.Array:
         if maps.head.parent is None:
             return pa.nulls(len(centroid), pa.int64())
-        parent_head = self._spec.head(maps.head.parent)
-        parent_maps = HeadMaps(store=maps.store, head=parent_head)
-        regions = self._regions[parent_head.name]
-        labels = objects.parents
+        spec = self._store.spec
+        parent_maps = HeadMaps(store=self._store, head=spec.head(maps.head.parent))
+        regions = self._regions[maps.head.parent]
         if labels is None:
             pixel = np.floor(parent_maps.grid.from_level0(centroid)).astype(np.int64)
             labels = regions.runs.at(*_clipped(pixel, parent_maps.grid.size))
-        ids = object_ids(self._spec, parent_maps, regions.anchors)
+        ids = object_ids(spec, parent_maps, regions.anchors)
         found = np.append(np.int64(0), ids)[labels]
         return pa.array(found, mask=labels == 0)
 
     def _tissue(self, centroid: Ints) -> pa.Array:
-        patch = self._spec.patch_head
+        patch = self._store.spec.patch_head
         if patch is None or self._tissue_map is None:
             return _coded(np.full(len(centroid), -1, np.int32), self._tissues)
         pixel = np.floor(self._tissue_grid.from_level0(centroid)).astype(np.int64)
@@ -114,6 +151,10 @@ def object_ids(spec: ModelSpec, maps: HeadMaps, anchors: Ints) -> Ints:
     head = [h.name for h in spec.heads].index(maps.head.name)
     ids: Ints = (head << ID_BITS) + anchors[:, 1] * maps.grid.size[0] + anchors[:, 0]
     return ids
+
+
+def _tissue_names(spec: ModelSpec) -> pa.Array:
+    return _distinct(spec.patch_head.classes if spec.patch_head else ())
 
 
 def _distinct(names: object) -> pa.Array:

@@ -1,0 +1,185 @@
+"""From tiles to maps: the store of a slide, filled block by block.
+
+The network hands its blocks to a few writers and goes on; only when several blocks wait for
+the disk does it wait, too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from wsi_pipeline.errors import Interrupted, StoreError
+from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.job import SlideJob, versions
+from wsi_pipeline.slide import Slide
+from wsi_pipeline.spec import ModelSpec
+from wsi_pipeline.store import PredictionBlock, PredictionStore
+from wsi_pipeline.tiling import PANEL_PX, Tile, TileGrid
+from wsi_pipeline.tissue import TissueMask
+
+__all__ = ["Predictor", "fill_store", "lay_tiles", "open_store"]
+
+WRITERS = 4
+"""Threads that compress and write blocks beside a network on another device."""
+
+
+class Predictor(Protocol):
+    """Whatever turns the tiles of a slide into blocks of maps."""
+
+    spec: ModelSpec
+    device: str
+    precision: str
+    tile_px: int
+    halo_px: int
+    canvas_bytes: int
+    extractors: int
+
+    def predict(
+        self,
+        slide: Slide,
+        tiles: TileGrid,
+        *,
+        stop: Callable[[], bool],
+        warn: Callable[[str, str], None],
+    ) -> Iterator[PredictionBlock]:
+        """Yield one block a tile, in order; a block keeps its arrays. End when asked to stop.
+
+        ``warn`` is told the code and the message of what the user should know.
+        """
+        ...
+
+
+def lay_tiles(slide: Slide, tissue: TissueMask, predictor: Predictor) -> TileGrid:
+    """Lay a predictor's tiles over the tissue of a slide."""
+    grid = slide.working_grid(predictor.spec.mpp)
+    return TileGrid.cover(
+        grid,
+        tile_px=predictor.tile_px,
+        halo_px=predictor.halo_px,
+        panel_px=_panel_px(slide, grid, predictor),
+        wanted=lambda box: tissue.touches(grid, box),
+    )
+
+
+def _panel_px(slide: Slide, grid: PixelGrid, predictor: Predictor) -> int:
+    """Return the width of columns of tiles whose canvases fit into the predictor's bytes."""
+    margin, panel = 2 * predictor.halo_px, PANEL_PX
+    side = predictor.tile_px + margin
+    while panel > predictor.tile_px:
+        if slide.band_bytes(grid, (panel + margin, side)) <= predictor.canvas_bytes:
+            break
+        panel -= predictor.tile_px
+    return panel
+
+
+def open_store(
+    job: SlideJob, slide: Slide, tissue: TissueMask, tiles: TileGrid, predictor: Predictor
+) -> PredictionStore:
+    """Return the store of a job: the sealed one, the unfinished one, or a new one."""
+    identity = _maps_identity(job, tissue, predictor)
+    sealed = _sealed_store(job.maps_path, identity)
+    if sealed is not None:
+        return sealed
+    return PredictionStore.create(
+        job.maps_path,
+        spec=predictor.spec,
+        tiles=tiles,
+        pixel_size=(slide.pixel_size.x, slide.pixel_size.y),
+        identity=identity,
+    )
+
+
+def fill_store(
+    store: PredictionStore,
+    missing: TileGrid,
+    *,
+    slide: Slide,
+    tissue: TissueMask,
+    predictor: Predictor,
+    stop: Callable[[], bool],
+    wrote: Callable[[Tile], None],
+    warn: Callable[[str, str], None],
+) -> Generator[Tile, None, None]:
+    """Predict the missing tiles and write their blocks.
+
+    Args:
+        store: unfinished.
+        missing: tiles whose blocks are not written.
+        slide: where the pixels come from.
+        tissue: beyond it, maps are blank.
+        predictor: the network.
+        stop: asked by the predictor before each batch.
+        wrote: told of every block that is written, from the thread that wrote it.
+        warn: told by the predictor what the user should know.
+
+    Yields:
+        Each tile that is predicted; its block may still be on its way to the disk. All blocks
+        are written when the iteration ends, well or not.
+
+    Raises:
+        Interrupted: ``stop`` said so.
+        WsiPipelineError: the slide or the disk is not usable.
+    """
+
+    def write(block: PredictionBlock) -> None:
+        readable = 1 - slide.unreadable_share(store.grid, block.tile.write)
+        store.write(_clip(block, store.grid, tissue, predictor.spec), readable=readable)
+        wrote(block.tile)
+
+    predicted, total = 0, len(missing.tiles)
+    writers = 1 if predictor.device == "cpu" else WRITERS
+    with ThreadPoolExecutor(writers, thread_name_prefix="writer") as pool:
+        pending: deque[Future[None]] = deque()
+        try:
+            for block in predictor.predict(slide, missing, stop=stop, warn=warn):
+                pending.append(pool.submit(write, block))
+                while len(pending) > writers + 1:
+                    pending.popleft().result()
+                predicted += 1
+                yield block.tile
+        finally:
+            for future in pending:
+                future.result()
+    if stop():
+        raise Interrupted(f"stopped after {predicted} of {total} blocks")
+    if predicted < total:
+        raise RuntimeError(f"the predictor ended after {predicted} of {total} blocks")
+
+
+def _maps_identity(job: SlideJob, tissue: TissueMask, predictor: Predictor) -> str:
+    """Name everything that decides the bytes of the maps."""
+    known = versions()
+    parts = [
+        job.job_id,
+        predictor.device.partition(":")[0],
+        predictor.precision,
+        f"tile {predictor.tile_px}",
+        f"tissue {tissue.digest[:16]}",
+        *(f"{name} {known[name]}" for name in ("wsi-pipeline", "torch") if name in known),
+    ]
+    return ", ".join(parts)
+
+
+def _sealed_store(path: Path, identity: str) -> PredictionStore | None:
+    try:
+        store = PredictionStore.open(path)
+    except StoreError:
+        return None
+    return store if store.meta["identity"] == identity else None
+
+
+def _clip(
+    block: PredictionBlock, grid: PixelGrid, tissue: TissueMask, spec: ModelSpec
+) -> PredictionBlock:
+    """Blank what lies beyond the tissue, so that results do not depend on the tile size."""
+    keep = {
+        head.stride: tissue.window(grid.coarsen(head.stride), block.tile.write.coarsen(head.stride))
+        for head in spec.heads
+    }
+    maps = spec.maps
+    arrays = {key: pixels * keep[maps[key].stride] for key, pixels in block.arrays.items()}
+    return PredictionBlock(tile=block.tile, arrays=arrays)

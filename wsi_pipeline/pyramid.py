@@ -1,0 +1,145 @@
+"""Ever coarser copies of a map, for viewers, made chunk by chunk as the map is filled.
+
+::
+
+    map    +--+--+--+--+     a chunk of a coarser level is made from the four below it,
+           |  |  |  |  |     by whoever finishes the last of them
+           +--+--+--+--+
+    2x     |     |     |
+           |     |     |
+           +-----+-----+
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from wsi_pipeline.geometry import Box
+from wsi_pipeline.machine import available_cpus
+from wsi_pipeline.ome import create_array
+
+__all__ = ["Pyramid"]
+
+COARSEST_PX = 512
+"""A pyramid stops when its longer side is at most this."""
+
+Pixels = NDArray[np.uint8]
+
+
+class Pyramid:
+    """The copies ``<key>_2x``, ``_4x``, ... of one map. Safe in threads."""
+
+    def __init__(self, group: zarr.Group, key: str, *, average: bool) -> None:
+        """Make the arrays, or find those that were made before.
+
+        Args:
+            group: the group that holds the map.
+            key: path of the map.
+            average: mean of 2 x 2 pixels (probabilities) instead of every second pixel (ids).
+        """
+        self._halve = _mean_of_cells if average else _first_of_cells
+        self.levels = [_array(group, key)]
+        """The map itself, then ever coarser ones."""
+        while max(self.levels[-1].shape[-2:]) > COARSEST_PX:
+            finer, name = self.levels[-1], f"{key}_{2 ** len(self.levels)}x"
+            shape = (*finer.shape[:-2], *(-(-side // 2) for side in finer.shape[-2:]))
+            made = name in group and _array(group, name).shape == shape
+            self.levels.append(
+                _array(group, name) if made else create_array(group, name, shape, finer.chunks)
+            )
+        # By level and chunk: whether something will be below it, how many of the chunks below
+        # it are not there yet, and whether it is made.
+        grids = [level.cdata_shape[-2:] for level in self.levels]
+        self._filled = [np.zeros(grid, np.bool_) for grid in grids]
+        self._waits = [np.zeros(grid, np.int64) for grid in grids]
+        self._made = [np.zeros(grid, np.bool_) for grid in grids]
+        self._lock = threading.Lock()
+
+    def expect(self, written: Sequence[Box], missing: Sequence[Box]) -> None:
+        """Note all blocks of the map; the others stay empty.
+
+        Args:
+            written: those that are there, each of whole chunks.
+            missing: those for which :meth:`update` will be called.
+        """
+        for box in (*written, *missing):
+            self._filled[0][self._chunks(box)] = True
+        for box in missing:
+            self._waits[0][self._chunks(box)] = 1
+        for level in range(1, len(self.levels)):
+            self._filled[level] = np.any(_fours(self._filled[level - 1]), axis=0)
+            self._waits[level] = (_fours(self._waits[level - 1]) > 0).sum(axis=0)
+
+    def update(self, box: Box) -> None:
+        """Make the coarser chunks that wait for nothing but this block, which is written."""
+        rows, columns = self._chunks(box)
+        for row in range(rows.start, rows.stop):
+            for column in range(columns.start, columns.stop):
+                self._climb(row, column)
+
+    def finish(self) -> list[zarr.Array[Any]]:
+        """Make all chunks that are not made yet; return all levels, the map itself first."""
+        with ThreadPoolExecutor(available_cpus(), thread_name_prefix="pyramid") as pool:
+            for level in range(1, len(self.levels)):
+                left = np.argwhere(self._filled[level] & ~self._made[level]).tolist()
+                list(pool.map(lambda at, level=level: self._make(level, *at), left))
+        return self.levels
+
+    def _climb(self, row: int, column: int) -> None:
+        for level in range(1, len(self.levels)):
+            row, column = row // 2, column // 2
+            with self._lock:
+                self._waits[level][row, column] -= 1
+                if self._waits[level][row, column]:
+                    return
+            self._make(level, row, column)
+
+    def _make(self, level: int, row: int, column: int) -> None:
+        finer, coarse = self.levels[level - 1], self.levels[level]
+        (high, wide), (height, width) = coarse.chunks[-2:], coarse.shape[-2:]
+        box = Box(x=column * wide, y=row * high, width=wide, height=high)
+        box = box.intersect(Box(x=0, y=0, width=width, height=height))
+        # Odd sides of the finer level end within the last pixel of the coarse one.
+        pixels = np.asarray(finer[(..., *box.refine(2).slices)], np.uint8)
+        coarse[(..., *box.slices)] = self._halve(pixels)
+        self._made[level][row, column] = True
+
+    def _chunks(self, box: Box) -> tuple[slice, slice]:
+        high, wide = self.levels[0].chunks[-2:]
+        return slice(box.y // high, -(-box.y1 // high)), slice(box.x // wide, -(-box.x1 // wide))
+
+
+def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:
+    array = group[key]
+    if not isinstance(array, zarr.Array):
+        raise TypeError(f"{key} is not an array")
+    return array
+
+
+def _fours(grid: NDArray[Any]) -> NDArray[Any]:
+    """Return (4, ceil(h / 2), ceil(w / 2)): the cells of each 2 x 2 cell, 0 beyond the grid."""
+    height, width = grid.shape
+    even = np.pad(grid, ((0, height % 2), (0, width % 2)))
+    return np.stack([even[::2, ::2], even[::2, 1::2], even[1::2, ::2], even[1::2, 1::2]])
+
+
+def _first_of_cells(pixels: Pixels) -> Pixels:
+    return pixels[..., ::2, ::2]
+
+
+def _mean_of_cells(pixels: Pixels) -> Pixels:
+    """Return the rounded mean of each 2 x 2 cell; odd sides repeat their last row or column."""
+    height, width = pixels.shape[-2:]
+    if height % 2 or width % 2:
+        odd = [(0, 0)] * (pixels.ndim - 2) + [(0, height % 2), (0, width % 2)]
+        pixels = np.pad(pixels, odd, mode="edge")
+    rows = pixels[..., ::2, :].astype(np.uint16) + pixels[..., 1::2, :]
+    cells: NDArray[np.uint16] = rows[..., ::2] + rows[..., 1::2]
+    return ((cells + 2) // 4).astype(np.uint8)
