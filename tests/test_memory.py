@@ -10,9 +10,9 @@ import pytest
 from wsi_pipeline import machine, memory
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.errors import JobError
+from wsi_pipeline.filling import _panel_px
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.memory import Demand, Sizes, fit_sizes, parse_size
-from wsi_pipeline.pipeline import _panel_px
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.synth import write_slide
 from wsi_pipeline.tiling import PANEL_PX

@@ -50,12 +50,14 @@ SMALLER_TILES = (768, 512, 256)
 MARGIN = 1.05
 
 PASS_VALUES = {
-    "cerberus": (425, 64),
-    "cerberus-lite": (80, 32),
+    "cerberus": (210, 64),
+    "cerberus-lite": (88, 32),
     "stain-baseline": (26, 1),
 }
 """By architecture: values of the network's precision that a pass holds a pixel it sees, and the
 number of channels at full resolution for which that is so; it is in proportion to them."""
+OTHER_PASS_VALUES = (425, 64)
+"""Of networks that are not measured: Cerberus without strips."""
 _FACTORS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -89,7 +91,7 @@ class Demand:
         return int(MARGIN * (PROGRAM + max(loading, kept + max(predicting, extracting))))
 
     def _pass_values(self) -> float:
-        values, channels = PASS_VALUES.get(self.spec.architecture, PASS_VALUES["cerberus"])
+        values, channels = PASS_VALUES.get(self.spec.architecture, OTHER_PASS_VALUES)
         widths = self.spec.options.get("widths", (self.spec.options.get("width", channels),))
         wide = widths[0] if self.spec.architecture != "stain-baseline" else channels
         return values * max(0.25, wide / channels)
