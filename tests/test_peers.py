@@ -12,15 +12,14 @@ from benchmarks.peers import __main__ as peers
 from benchmarks.peers.cerberus_objects import GLAND, LUMEN, describe, label_nuclei, label_regions
 from benchmarks.peers.environment import wanted
 from benchmarks.peers.hovernext import describe_own, label_pieces, overlapping
-from benchmarks.peers.networks import (
+from benchmarks.peers.networks import make_network, make_spec, patch_class, patch_logits
+from benchmarks.peers.patches import (
     KEPT_PX,
     MARGIN_PX,
-    make_network,
-    make_spec,
-    patch_class,
-    patch_logits,
+    read_mask,
+    tissue_mm2,
+    wanted_patches,
 )
-from benchmarks.peers.patches import read_mask, tissue_mm2, wanted_patches
 from benchmarks.peers.seams import CORNERS, GRID, SeamTile, find_nuclei, tile_sets
 from benchmarks.peers.tables import markdown, rest_seconds, summary, total_seconds, with_totals
 
@@ -70,7 +69,7 @@ def test_mask_is_what_is_not_black(tmp_path):
     path = tmp_path / "mask.png"
     cv2.imwrite(str(path), np.array([[0, 1], [128, 255]], np.uint8))
     assert read_mask(path).tolist() == [[False, True], [True, True]]
-    with pytest.raises(SystemExit, match=r"none\.png is no picture"):
+    with pytest.raises(SystemExit, match=r"none\.png cannot be read"):
         read_mask(tmp_path / "none.png")
 
 
@@ -250,15 +249,19 @@ def test_touching_nuclei_are_parted_by_their_cores():
     assert (labels[10:20, 10:34] > 0).all()
 
 
-def test_a_nucleus_belongs_to_the_tile_of_its_centroid():
-    tiles = overlapping((100, 200), tile_px=100)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("start", "stop", "owner"), [(93, 106, 0), (95, 106, 1), (97, 106, 1)])
+def test_a_nucleus_belongs_to_the_tile_of_its_centroid(turned, start, stop, owner):
     labels = np.zeros((100, 200), np.int32)
-    labels[40:50, 94:104] = 1
-    classes = np.full((100, 200), 4, np.uint8)
+    labels[40:51, start:stop] = 1
+    labels = labels.T if turned else labels
+    classes = np.full(labels.shape, 4, np.uint8)
+    tiles = overlapping(labels.shape, tile_px=100)
     found = [describe_own(labels[tile.seen], classes[tile.seen], tile) for tile in tiles]
-    assert [len(nuclei) for nuclei in found] == [1, 0]
-    assert found[0][0]["class"] == 4
-    assert found[0][0]["centroid"] == [98.5, 44.5]
+    assert [len(nuclei) for nuclei in found] == [1 - owner, owner]
+    centroid = ((start + stop - 1) / 2, 45.0)
+    assert found[owner][0]["class"] == 4
+    assert tuple(found[owner][0]["centroid"]) == (centroid[::-1] if turned else centroid)
 
 
 # tables
@@ -335,6 +338,8 @@ def test_the_full_network_is_timed_on_some_patches(tmp_path):
     args = peers.parse(asked)
     words = peers.command("original", Path("python"), args)
     assert words[words.index("--limit") + 1] == "4"
+    words = peers.command("ours", Path("python"), peers.parse([*asked, "--tiles", "3"]))
+    assert words[words.index("--limit") + 1] == "3"
     args = peers.parse([*asked, "--whole"])
     assert "--limit" not in peers.command("ours", Path("python"), args)
     assert "--limit" in peers.command("tiatoolbox", Path("python"), args)
@@ -349,3 +354,41 @@ def test_a_missing_slide_is_told_before_anything_runs(tmp_path, capsys):
 def test_requirements_for_notebooks_and_extras_are_left_out():
     stated = ["torch<2.13.0,>=2.5.0", "zarr>=3", "sphinx<9", "pytest; extra == 'dev'", "joblib"]
     assert wanted(stated) == ["zarr>=3", "joblib"]
+
+
+def test_figures_are_kept_after_each_round(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(command, path, *, root):
+        ran.append(path.stem)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return result(float(len(ran)), stages_s={})
+
+    slide = tmp_path / "a.svs"
+    slide.touch()
+    monkeypatch.setattr(peers, "run_measured", run)
+    monkeypatch.setattr("benchmarks.peers.mask.write_mask", lambda *_: 0.5)
+    only = ["--only", "ours", "ours-bf16", "--once", "ours-bf16", "--json", str(tmp_path / "j")]
+    words = ["x", "--slide", str(slide), "--out", str(tmp_path / "out"), "--rounds", "9", *only]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(KeyboardInterrupt):
+        peers.main()
+    facts = json.loads((tmp_path / "j").read_text())
+    assert [list(one) for one in facts["rounds"]] == [["ours", "ours-bf16"], ["ours"]]
+    assert facts["tools"]["ours-bf16"]["total_s ratio"] == 2.0
+
+
+def test_a_tool_that_fails_is_left_out_of_the_next_rounds(tmp_path, monkeypatch, capsys):
+    def run(command, path, *, root):
+        if path.stem == "ours-bf16":
+            raise peers.RunFailedError("it has no memory")
+        return result(1.0)
+
+    slide = tmp_path / "a.svs"
+    slide.touch()
+    monkeypatch.setattr(peers, "run_measured", run)
+    only = ["--only", "ours", "ours-bf16", "--rounds", "2"]
+    args = peers.parse(["--slide", str(slide), "--out", str(tmp_path), *only])
+    assert [list(one) for one in list(peers.run_rounds(args))[-1]] == [["ours"], ["ours"]]
+    assert capsys.readouterr().out.count("it has no memory") == 1

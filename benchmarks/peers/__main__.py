@@ -72,7 +72,7 @@ def command(tool: str, python: Path, args: argparse.Namespace) -> list[str]:
     words += ["--out", str(args.out / tool), "--result", str(args.out / f"{tool}.json")]
     words += ["--network", args.network]
     if args.network == "full" and not (module == "ours" and args.whole):
-        words += ["--limit", str(args.limit)]
+        words += ["--limit", str(args.tiles if module == "ours" else args.limit)]
     if module == "hovernext":
         words += ["--maps", str(args.out / "ours" / "maps" / f"{args.slide.stem}.zarr")]
     return words
@@ -84,8 +84,11 @@ def mask_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def run_rounds(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run every tool once a round; one that fails is told about and not run again."""
+def run_rounds(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Run every tool once a round, and yield the rounds so far after each.
+
+    A tool that fails is told about and not run again.
+    """
     pythons = {tool: python_of(tool, args.environments) for tool in args.only}
     rounds: list[dict[str, Any]] = []
     for number in range(args.rounds):
@@ -103,8 +106,9 @@ def run_rounds(args: argparse.Namespace) -> list[dict[str, Any]]:
                 pythons[tool] = None
                 continue
             print(f"round {number + 1}: {tool} {results[tool]['wall_s']:.1f} s", flush=True)
-        rounds.append(results)
-    return rounds
+        if results:
+            rounds.append(results)
+            yield rounds
 
 
 @contextmanager
@@ -155,7 +159,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(TOOLS), help="tools, in their order")
     parser.add_argument("--once", nargs="+", default=[], help="tools that one round is enough for")
     parser.add_argument("--network", choices=NETWORKS, default="colour")
-    parser.add_argument("--limit", type=int, default=8, help="patches or tiles that are timed")
+    parser.add_argument("--limit", type=int, default=8, help="full network: patches timed")
+    parser.add_argument("--tiles", type=int, default=2, help="full network: tiles of ours timed")
     parser.add_argument("--whole", action="store_true", help="full network: all tiles of ours")
     parser.add_argument("--rest", type=Path, help="full network: JSON of the colour network")
     parser.add_argument("--lock", type=Path, help="file to lock while a tool runs")
@@ -163,8 +168,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.slide.exists():
         parser.error(f"there is no slide {args.slide}")
-    if args.rounds < 1 or args.limit < 1:
-        parser.error(f"--rounds and --limit must be 1 or more, not {args.rounds}, {args.limit}")
+    for name in ("rounds", "limit", "tiles"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    if args.rest is not None and not args.rest.exists():
+        parser.error(f"there is no {args.rest}: run the colour network on the slide first")
     args.out = args.out.resolve()
     args.only = args.only or list(USUAL[args.network])
     return args
@@ -175,23 +183,20 @@ def main() -> None:
 
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    share = write_mask(args.slide, mask_path(args))
-    rounds = [one for one in run_rounds(args) if one]
-    if not rounds:
-        raise SystemExit("no tool ran to its end")
-    rounds = with_totals(rounds, rests_from(args.rest))
-    table = summary(rounds, BASE)
-    print(markdown(table, BASE))
-    facts = {
+    facts: dict[str, Any] = {
         "slide": args.slide.name,
         "network": args.network,
-        "tissue_share": round(share, 4),
+        "tissue_share": round(write_mask(args.slide, mask_path(args)), 4),
         "machine": machine(),
-        "tools": table,
-        "rounds": rounds,
     }
     path = args.json or args.out / f"{args.slide.stem}-{args.network}.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    for measured in run_rounds(args):
+        rounds = with_totals(measured, rests_from(args.rest))
+        facts |= {"tools": summary(rounds, BASE), "rounds": rounds}
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+    if "tools" not in facts:
+        raise SystemExit("no tool ran to its end")
+    print(markdown(facts["tools"], BASE))
     print(f"figures: {path}")
 
 

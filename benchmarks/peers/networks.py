@@ -13,17 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.peers.patches import MPP, PATCH_PX
 from wsi_pipeline.blocks import enlarged
 from wsi_pipeline.checkpoint import cerberus_heads
 from wsi_pipeline.network import Cerberus
 from wsi_pipeline.spec import ModelSpec
 
-NETWORKS = ("colour", "full")
 HALO_PX = 160
 """Context around a tile of ours, for both: what Cerberus needs."""
-PATCH_PX, KEPT_PX, MARGIN_PX = 448, 144, 152
-"""What Cerberus sees of a patch, keeps of it, and throws away on each side."""
-MPP = 0.5
 SEED = 0
 
 STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))

@@ -34,16 +34,17 @@ from benchmarks.peers.cerberus_objects import (
     describe,
     label_regions,
 )
-from benchmarks.peers.networks import (
+from benchmarks.peers.networks import make_network, patch_class, patch_logits
+from benchmarks.peers.patches import (
     KEPT_PX,
     MARGIN_PX,
     MPP,
     PATCH_PX,
-    make_network,
-    patch_class,
-    patch_logits,
+    Mask,
+    read_mask,
+    tissue_mm2,
+    wanted_patches,
 )
-from benchmarks.peers.patches import Mask, read_mask, tissue_mm2, wanted_patches
 from benchmarks.peers.seams import find_nuclei, tile_sets
 from benchmarks.peers.worker import Clock, parser, set_threads, write_result
 

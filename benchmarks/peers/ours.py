@@ -90,7 +90,6 @@ def run_whole(slide: Path, mask: Path, out: Path, predictor: TorchPredictor) -> 
         "objects": report.counts,
         "stages_s": report.seconds,
         "tissue_mm2": report.tissue_mm2,
-        "units": len(tiles_of(slide, mask, predictor).tiles),
     }
 
 
@@ -119,7 +118,7 @@ def time_tiles(slide: Path, mask: Path, predictor: TorchPredictor, limit: int) -
         seconds = time.perf_counter() - begun
     if not timed:
         raise SystemExit(f"{slide} has {len(tiles.tiles)} tiles of tissue: too few to time any")
-    return {"units": len(tiles.tiles), "timed_units": timed, "seconds_a_unit": seconds / timed}
+    return {"timed_units": timed, "seconds_a_unit": seconds / timed}
 
 
 def main() -> None:
@@ -130,8 +129,10 @@ def main() -> None:
         facts = time_tiles(args.slide, args.mask, predictor, args.limit)
     else:
         facts = run_whole(args.slide, args.mask, args.out, predictor)
-    facts = {**clock.stop(), **facts, "unit": f"tile of {predictor.tile_px}"}
-    write_result(args.result, **facts, precision=predictor.precision)
+    facts = {**clock.stop(), **facts}
+    facts["units"] = len(tiles_of(args.slide, args.mask, predictor).tiles)
+    unit = f"tile of {predictor.tile_px}"
+    write_result(args.result, **facts, unit=unit, precision=predictor.precision)
 
 
 if __name__ == "__main__":

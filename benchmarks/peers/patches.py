@@ -8,12 +8,13 @@ from __future__ import annotations
 from math import ceil
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-KEPT_PX = 144
-"""Side of a patch's output, and distance between patches."""
+PATCH_PX, KEPT_PX, MARGIN_PX = 448, 144, 152
+"""What Cerberus sees of a patch; keeps of it, which is the distance between patches; and throws
+away on each side."""
 MPP = 0.5
 
 Mask = NDArray[np.bool_]
@@ -25,10 +26,11 @@ def read_mask(path: Path) -> Mask:
     Raises:
         SystemExit: there is no such picture.
     """
-    image = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if image is None:
-        raise SystemExit(f"the tissue mask {path} is no picture that can be read")
-    mask: Mask = image > 0
+    try:
+        with Image.open(path) as image:
+            mask: Mask = np.asarray(image.convert("L")) > 0
+    except OSError as error:
+        raise SystemExit(f"the tissue mask {path} cannot be read: {error}") from error
     return mask
 
 

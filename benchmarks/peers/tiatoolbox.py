@@ -21,16 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.peers.cerberus_objects import GLAND, LUMEN, label_nuclei, label_regions
-from benchmarks.peers.networks import (
-    KEPT_PX,
-    MARGIN_PX,
-    MPP,
-    PATCH_PX,
-    make_network,
-    patch_class,
-    patch_logits,
-)
+from benchmarks.peers.networks import make_network, patch_class, patch_logits
 from benchmarks.peers.operators import declare_missing
+from benchmarks.peers.patches import KEPT_PX, MARGIN_PX, MPP, PATCH_PX
 from benchmarks.peers.worker import Clock, parser, set_threads, write_result
 
 OPERATORS = declare_missing()  # before torchvision is imported
