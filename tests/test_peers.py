@@ -1,6 +1,7 @@
 """The parts of the comparison with peers that need none of their environments."""
 
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ from benchmarks.peers.patches import (
     tissue_mm2,
     wanted_patches,
 )
+from benchmarks.peers.process import RunFailedError, run_measured
 from benchmarks.peers.seams import CORNERS, GRID, SeamTile, find_nuclei, tile_sets
 from benchmarks.peers.tables import markdown, rest_seconds, summary, total_seconds, with_totals
 
@@ -320,6 +322,29 @@ def test_rests_are_those_of_the_colour_network(tmp_path):
 
 
 # the command
+
+
+def test_a_run_is_measured_from_outside(tmp_path):
+    path = tmp_path / "result.json"
+    code = (
+        "import json, time; kept = bytearray(b'x') * (150 << 20); time.sleep(1.2); "
+        f"json.dump({{'wall_s': 1.0}}, open({str(path)!r}, 'w'))"
+    )
+    facts = run_measured([sys.executable, "-c", code], path, root=tmp_path)
+    assert facts["wall_s"] == 1.0
+    assert facts["process_wall_s"] > 1
+    assert 150 <= facts["peak_rss_mb"] < 1000
+    assert 150 <= facts["peak_anonymous_mb"] < 1000
+
+
+def test_a_run_that_ends_without_a_result_says_why(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("of an earlier run")
+    words = [sys.executable, "-c", "raise SystemExit('no such slide')"]
+    with pytest.raises(RunFailedError, match="ended with 1: no such slide"):
+        run_measured(words, path, root=tmp_path)
+    with pytest.raises(RunFailedError, match="ended with 0"):
+        run_measured([sys.executable, "-c", ""], path, root=tmp_path)
 
 
 def test_a_peer_without_its_environment_is_left_out(tmp_path, capsys):

@@ -12,7 +12,7 @@ Round = Mapping[str, Result]
 
 PREDICTING = ("predict", "inference")
 """What the tools call the stage in which the network runs."""
-MEASURES = ("wall_s", "cpu_s", "process_wall_s", "peak_rss_mb", "peak_tree_mb")
+MEASURES = ("wall_s", "cpu_s", "process_wall_s", "peak_rss_mb", "peak_anonymous_mb")
 
 
 def total_seconds(result: Result, rest_s: float = 0.0) -> float:

@@ -40,6 +40,7 @@ from tiatoolbox.models.models_abc import ModelABC  # noqa: E402
 TILE_PX, OVERLAP_PX = 2048, 128
 BATCH, WORKERS = 8, 2
 HEADS = 6
+KINDS = {"nucleus": "nuclei", "gland": "gland", "lumen": "lumen"}
 STAGES = {
     "infer_wsi": "inference",
     "post_process_wsi": "objects",
@@ -57,7 +58,7 @@ class Wrapped(ModelABC):
     def __init__(self, network: nn.Module, limit: int | None) -> None:
         super().__init__()
         self.network = network
-        self.tasks = ["nuclei", "gland", "lumen"]
+        self.tasks = list(KINDS.values())
         self.class_dict = dict.fromkeys(self.tasks)
         self.limit = limit
         self.patches = 0
@@ -168,11 +169,12 @@ def configuration(tile_px: int) -> IOSegmentorConfig:
 
 
 def count_objects(out: Path) -> dict[str, int]:
-    """Count the rows of the stores that were written."""
+    """Count the rows of the stores that were written, one a kind."""
     counts = {}
-    for path in sorted(out.rglob("*.db")):
-        with sqlite3.connect(path) as store:
-            counts[path.stem] = store.execute("select count(*) from annotations").fetchone()[0]
+    for kind, task in KINDS.items():
+        for path in out.rglob(f"*_{task}.db"):
+            with sqlite3.connect(path) as store:
+                [(counts[kind],)] = store.execute("select count(*) from annotations")
     return counts
 
 
