@@ -304,6 +304,8 @@ def test_the_full_network_is_extrapolated_by_the_tools_own_patches():
     timed = result(30.0, seconds_a_unit=2.5, timed_units=4)
     assert total_seconds(timed, rest_s=5.0) == 30.0
     assert total_seconds(result(7.0), rest_s=5.0) == 7.0
+    row = summary(with_totals([{"ours": timed}], {}), "ours")["ours"]
+    assert {name for name in row if name.endswith("ratio")} == {"total_s ratio"}
     assert "(extrapolated)" in markdown(summary(with_totals([{"ours": timed}], {}), "ours"), "ours")
 
 
@@ -314,10 +316,12 @@ def test_the_rest_is_what_is_outside_of_prediction():
 
 
 def test_rests_are_those_of_the_colour_network(tmp_path):
-    rounds = [{"ours": {"wall_s": 3.0, "stages_s": {"predict": 2.0}}}]
+    once = {"wall_s": 9.0, "stages_s": {"inference": 2.0}}
+    ours = {"wall_s": 3.0, "stages_s": {"predict": 2.0}}
+    rounds = [{"ours": ours, "original": once}, {"ours": ours}]
     path = tmp_path / "colour.json"
     path.write_text(json.dumps({"rounds": rounds}))
-    assert peers.rests_from(path) == {"ours": 1.0, "ours-bf16": 1.0}
+    assert peers.rests_from(path) == {"ours": 1.0, "ours-bf16": 1.0, "original": 7.0}
     assert peers.rests_from(None) == {}
 
 

@@ -28,7 +28,6 @@ from benchmarks.peers.process import RunFailedError, run_measured
 from benchmarks.peers.tables import markdown, rest_seconds, summary, with_totals
 from benchmarks.peers.worker import NETWORKS
 
-BASE = "ours"
 TOOLS: dict[str, tuple[str, ...]] = {
     "ours": ("ours", "--precision", "fp32"),
     "ours-bf16": ("ours", "--precision", "bf16"),
@@ -145,8 +144,8 @@ def rests_from(path: Path | None) -> dict[str, float]:
     """Return each tool's seconds outside of prediction, from the colour network's JSON."""
     if path is None:
         return {}
-    last = json.loads(path.read_text())["rounds"][-1]
-    rests = {tool: rest_seconds(result) for tool, result in last.items()}
+    rounds = json.loads(path.read_text())["rounds"]
+    rests = {tool: rest_seconds(result) for one in rounds for tool, result in one.items()}
     return {**rests, "ours-bf16": rests.get("ours-bf16", rests.get("ours", 0.0))}
 
 
@@ -157,6 +156,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, help="folder with the peers' environments")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(TOOLS), help="tools, in their order")
+    parser.add_argument("--base", choices=list(TOOLS), default="ours", help="ratios are to it")
     parser.add_argument("--once", nargs="+", default=[], help="tools that one round is enough for")
     parser.add_argument("--network", choices=NETWORKS, default="colour")
     parser.add_argument("--limit", type=int, default=8, help="full network: patches timed")
@@ -186,17 +186,18 @@ def main() -> None:
     facts: dict[str, Any] = {
         "slide": args.slide.name,
         "network": args.network,
+        "base": args.base,
         "tissue_share": round(write_mask(args.slide, mask_path(args)), 4),
         "machine": machine(),
     }
     path = args.json or args.out / f"{args.slide.stem}-{args.network}.json"
     for measured in run_rounds(args):
         rounds = with_totals(measured, rests_from(args.rest))
-        facts |= {"tools": summary(rounds, BASE), "rounds": rounds}
+        facts |= {"tools": summary(rounds, args.base), "rounds": rounds}
         path.write_text(json.dumps(facts, indent=1) + "\n")
     if "tools" not in facts:
         raise SystemExit("no tool ran to its end")
-    print(markdown(facts["tools"], BASE))
+    print(markdown(facts["tools"], args.base))
     print(f"figures: {path}")
 
 

@@ -80,7 +80,8 @@ def _of_tool(rounds: Sequence[Round], tool: str, base: str) -> dict[str, Any]:
         values = [result[measure] for result in results if measure in result]
         if values:
             row[measure] = round(median(values), 3)
-    for measure in ("total_s", "cpu_s", "peak_rss_mb"):
+    # What a few patches took of processors and memory says nothing of the whole.
+    for measure in ("total_s",) if row["extrapolated"] else ("total_s", "cpu_s", "peak_rss_mb"):
         found = ratios(rounds, tool, base, measure)
         if found:
             row[f"{measure} ratio"] = round(median(found), 2)
@@ -103,7 +104,7 @@ def markdown(table: Mapping[str, Mapping[str, Any]], base: str) -> str:
             f"{row['total_s']:.1f}" + (" (extrapolated)" if row["extrapolated"] else ""),
             f"{row['total_s ratio']} ({low}-{high}){beside}" if "total_s ratio" in row else "",
             "" if row["extrapolated"] else f"{row['cpu_s']:.1f}",
-            str(row.get("peak_rss_mb", "")),
+            "" if row["extrapolated"] else str(row.get("peak_rss_mb", "")),
             _units(row),
             " / ".join(str(number) for number in row.get("objects", {}).values()),
         ]
