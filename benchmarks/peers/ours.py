@@ -17,7 +17,7 @@ from benchmarks.peers.worker import Clock, parser, write_result
 from wsi_pipeline.engines import run_slides
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.job import RunReport, SlideJob
-from wsi_pipeline.machine import available_cpus
+from wsi_pipeline.machine import available_cpus, keep_freed_memory
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import TileGrid
@@ -123,6 +123,7 @@ def time_tiles(slide: Path, mask: Path, predictor: TorchPredictor, limit: int) -
 
 def main() -> None:
     args = parser(__doc__).parse_args()
+    keep_freed_memory()  # as wsi-run does
     clock = Clock()
     predictor = load(args.network, args.precision, args.tile)
     if args.limit:
