@@ -109,7 +109,7 @@ def test_a_large_slides_windows_are_seen_again(subject, monkeypatch):
 
 
 def test_the_networks_limit_is_the_slower_of_arithmetic_and_memory(subject, monkeypatch):
-    monkeypatch.setattr(stages, "dense_flops", lambda spec, read_px: 10 * read_px**2)
+    monkeypatch.setattr(stages, "dense_flops", lambda spec, read_px, margin_px: 10 * read_px**2)
     monkeypatch.setattr(stages, "matrix_rate", lambda *_, clock: 1e6)
     monkeypatch.setattr(stages, "memory_rate", lambda *_, clock: 1e15)
     network = next(stage for stage in stages_of(subject) if stage.name == "network")

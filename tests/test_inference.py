@@ -144,8 +144,8 @@ def test_what_decoders_do_not_see_changes_nothing(slide, tmp_path):
     torch.manual_seed(0)
     bundle = save_bundle(tmp_path / "wide", spec, build_network(spec).eval(), card="test")
     cropping, whole = load(bundle), load(bundle)
-    assert cropping._margin_px == 48
-    whole._margin_px = 0
+    assert cropping.margin_px == 48
+    whole.margin_px = 0
     tiles, found = predict(cropping, slide)
     _, wanted = predict(whole, slide)
     assert len(found) == len(wanted) == len(tiles.tiles)

@@ -92,7 +92,7 @@ class TorchPredictor:
         self._limit = 1 if device == "cpu" else batch_size
         # What lies further out only the encoder has to see.
         decoder_halo_px = getattr(network, "decoder_halo_px", halo_px)
-        self._margin_px = max(0, halo_px - decoder_halo_px) // INPUT_MULTIPLE * INPUT_MULTIPLE
+        self.margin_px = max(0, halo_px - decoder_halo_px) // INPUT_MULTIPLE * INPUT_MULTIPLE
         # Side of the pieces in which a tile is computed; out-of-memory halves this, too.
         self._piece_px = tile_px
         fold_batch_norms(network)
@@ -300,7 +300,7 @@ class TorchPredictor:
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
-            how = {"margin": self._margin_px} if self._margin_px else {}
+            how = {"margin": self.margin_px} if self.margin_px else {}
             logits = self._network(x_BCHW, **how)
         maps: dict[str, Tensor] = {}
         for head in self.spec.heads:
@@ -308,7 +308,7 @@ class TorchPredictor:
         return maps
 
     def _maps(self, head: HeadSpec, logits_BCHW: Tensor) -> dict[str, Tensor]:
-        around = self.halo_px - self._margin_px  # pixels of context that are still there
+        around = self.halo_px - self.margin_px  # pixels of context that are still there
         scale = (self.tile_px + 2 * around) // logits_BCHW.shape[-1]
         if scale > head.stride and scale % head.stride == 0:
             # Interpolation needs one logit beyond the box.
@@ -321,8 +321,10 @@ class TorchPredictor:
             raise ModelBundleError(msg)
         (kept_BCHW,) = cropped([logits_BCHW], around, [scale])
         kept_BCHW = kept_BCHW.to(torch.float32, memory_format=torch.channels_last)
-        # A detect head's channels do not exclude each other.
-        prob_BCHW = kept_BCHW.sigmoid() if head.kind == "detect" else kept_BCHW.softmax(1)
+        prob_BCHW = kept_BCHW  # the largest logit is the largest probability
+        if head.prob_channels or head.stride > scale:
+            # A detect head's channels do not exclude each other.
+            prob_BCHW = kept_BCHW.sigmoid() if head.kind == "detect" else kept_BCHW.softmax(1)
         if head.stride > scale:
             prob_BCHW = functional.avg_pool2d(prob_BCHW, head.stride // scale)
         maps = {}

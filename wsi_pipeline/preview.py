@@ -122,7 +122,7 @@ def draw_preview(
 def write_preview(path: Path, image: NDArray[np.uint8]) -> None:
     """Write a picture as PNG, complete or not at all; equal pictures give equal bytes."""
     with durable_file(path) as beside:
-        Image.fromarray(image).save(beside, format="PNG", compress_level=6)
+        Image.fromarray(image).save(beside, format="PNG", compress_level=2)
 
 
 def _draw_slide(

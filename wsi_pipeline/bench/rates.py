@@ -45,7 +45,7 @@ def memory_rate(device: str, *, clock: Clock) -> float:
     return 2 * size / _median(lambda: target.copy_(source), device, clock)
 
 
-def dense_flops(spec: ModelSpec, read_px: int) -> int:
+def dense_flops(spec: ModelSpec, read_px: int, *, margin_px: int = 0) -> int:
     """Count the FLOPs (2 a multiply-add) of one window, without computing it.
 
     Only convolutions and products count: 0 for a network that has none.
@@ -53,12 +53,13 @@ def dense_flops(spec: ModelSpec, read_px: int) -> int:
     Args:
         spec: of the network.
         read_px: side of the window.
+        margin_px: what of it on every side only the encoder sees.
     """
     with torch.device("meta"):
         network = build_network(spec).eval()
         pixels = torch.empty(1, 3, read_px, read_px)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(pixels)
+        network(pixels, **({"margin": margin_px} if margin_px else {}))
     return int(counter.get_total_flops())
 
 

@@ -141,7 +141,8 @@ class HeldWindows:
 def _network(subject: Subject) -> Stage:
     predictor, tiles = subject.predictor, subject.tiles
     held = HeldWindows.of(subject)
-    flops = dense_flops(predictor.spec, tiles.read_px) * len(tiles.tiles)
+    flops = dense_flops(predictor.spec, tiles.read_px, margin_px=predictor.margin_px)
+    flops *= len(tiles.tiles)
 
     def work() -> None:
         for _ in predictor.predict(held, tiles):
