@@ -149,3 +149,9 @@ def test_what_learns_is_not_cut_into_strips(monkeypatch):
     seen = []
     in_strips(lambda c, f: seen.append(f.shape[2]), some(1, 8, 35, 6), some(1, 8, 70, 12))
     assert seen == [70]
+
+
+def test_a_head_without_samples_has_nothing_to_cut():
+    with torch.inference_mode():
+        found = in_strips(lambda c, f: enlarged(c, 2) + f, some(0, 8, 4, 4), some(0, 8, 8, 8))
+    assert found.shape == (0, 8, 8, 8)

@@ -92,3 +92,14 @@ def test_without_a_folder_to_write_to_it_compiles_anyway(source):
         [sys.executable, "-c", script, str(source.parent)], capture_output=True, text=True
     )
     assert done.stdout == "10\n", done.stderr
+
+
+def test_numba_can_be_switched_off(source):
+    done = subprocess.run(
+        [sys.executable, "-c", "import loops; print(loops.total([1, 2]))"],
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+        cwd=source.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "3\n", done.stderr

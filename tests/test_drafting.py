@@ -229,6 +229,24 @@ def test_a_draft_that_fails_costs_no_maps(sample, tmp_path, monkeypatch, of_the_
     assert results(tmp_path) == results(of_the_device)
 
 
+@pytest.mark.parametrize("where", ["pipeline._report_holes", "pipeline._metadata"])
+def test_what_fails_after_the_last_block_ends_the_draft(
+    sample, tmp_path, monkeypatch, of_the_device, where
+):
+    """No thread is left (a fixture looks), and the slide can be tried again."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"wsi_pipeline.{where}", fail)
+        report = go(sample, tmp_path, FakeDevice(), workers=2)
+    assert report.status == "failed"
+    assert not [t for t in threading.enumerate() if t.name.startswith("draft")]
+    assert go(sample, tmp_path, FakeDevice()).status == "done"
+    assert results(tmp_path) == results(of_the_device)
+
+
 def test_a_table_that_fails_stays_away(sample, tmp_path, monkeypatch, of_the_device):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -46,3 +46,12 @@ def test_another_c_library_is_left_alone(monkeypatch):
 def test_what_the_machine_has():
     assert available_cpus() >= 1
     assert 10 < peak_rss_mb() < total_memory() / (1 << 20)
+
+
+def test_the_memory_of_the_parent_is_not_this_process_own():
+    held = bytearray(b"x") * (300 << 20)
+    code = "from wsi_pipeline.machine import peak_rss_mb; print(peak_rss_mb())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert peak_rss_mb() > 300
+    assert 5 < float(done.stdout) < 200
+    del held

@@ -31,7 +31,9 @@ def test_sizes_are_read(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["8", "", "G", "-1G", "0G", "8 GX", "1e3M", 0])
+@pytest.mark.parametrize(
+    "text", ["8", "", "G", "-1G", "0G", "8 GX", "1e3M", 0, 8e9, True, 400 * "9" + "G", "\u0661G"]
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(JobError, match="memory must be"):
         parse_size(text)

@@ -337,8 +337,8 @@ def test_a_run_is_measured_from_outside(tmp_path):
     facts = run_measured([sys.executable, "-c", code], path, root=tmp_path)
     assert facts["wall_s"] == 1.0
     assert facts["process_wall_s"] > 1
-    assert 150 <= facts["peak_rss_mb"] < 1000
-    assert 150 <= facts["peak_anonymous_mb"] < 1000
+    assert facts["peak_rss_mb"] >= 150  # of the parent, too, where that is larger
+    assert 150 <= facts["peak_anonymous_mb"] < 600
 
 
 def test_a_run_that_ends_without_a_result_says_why(tmp_path):

@@ -234,10 +234,12 @@ def in_strips(
     Returns:
         What the stage does, ``(B, C'', H, W)``.
     """
+    if not _is_inference(fine_BCHW) or not fine_BCHW.numel():
+        return stage(coarse_BCHW, fine_BCHW)
     height = fine_BCHW.shape[2]
     row_bytes = fine_BCHW[:, :, 0].numel() * fine_BCHW.element_size()
     rows = max(16, _STRIP_BYTES // row_bytes // 2 * 2)
-    if rows >= height or not _is_inference(fine_BCHW):
+    if rows >= height:
         return stage(coarse_BCHW, fine_BCHW)
     strips = []
     for top in range(0, height, rows):

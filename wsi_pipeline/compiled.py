@@ -32,8 +32,9 @@ def compiled(function: F) -> F:
         dispatcher = njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # no folder to write to: compiled anew in every process
         return cast(F, njit(nogil=True, error_model="numpy")(function))
-    cache: Any = dispatcher._cache  # type: ignore[attr-defined]
-    cache._cache_file.__class__ = _NamedByContent
+    cache: Any = getattr(dispatcher, "_cache", None)  # none with NUMBA_DISABLE_JIT
+    if cache is not None:
+        cache._cache_file.__class__ = _NamedByContent
     return cast(F, dispatcher)
 
 

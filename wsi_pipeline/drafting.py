@@ -51,7 +51,8 @@ class ArrivingMaps:
             self._turn[tile.row, tile.column] = number
         self._pending = self._turn >= 0
         self._changed = threading.Condition()
-        self._given_up = False
+        self.given_up = False
+        """Whether nobody is to wait, or to work, for these maps any more."""
         self.waited_s = 0.0
         """Seconds for which readers have waited, all of them together."""
 
@@ -85,9 +86,9 @@ class ArrivingMaps:
             self._changed.notify_all()
 
     def give_up(self) -> None:
-        """Note that no more blocks will come: who waits for one is interrupted."""
+        """Note that no more blocks will come, or are wanted: who waits for one is interrupted."""
         with self._changed:
-            self._given_up = True
+            self.given_up = True
             self._changed.notify_all()
 
     def read(self, key: str, box: Box) -> NDArray[np.uint8]:
@@ -102,7 +103,7 @@ class ArrivingMaps:
         with self._changed:
             if self._pending[under].any():
                 begun = time.perf_counter()
-                self._changed.wait_for(lambda: self._given_up or not self._pending[under].any())
+                self._changed.wait_for(lambda: self.given_up or not self._pending[under].any())
                 self.waited_s += time.perf_counter() - begun
             if self._pending[under].any():
                 raise Interrupted("the network ended before the maps were complete")
@@ -131,7 +132,7 @@ class Draft:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Extract beside the block, which fills the store; if that fails, the draft ends with it.
+        """Extract beside what is done in the block; if that fails, the draft ends with it.
 
         A failure of the draft itself waits until :meth:`finish`: the maps are worth having.
         """
@@ -141,10 +142,15 @@ class Draft:
         try:
             yield
         except BaseException:
-            self._maps.give_up()
-            self._begun.exception()
-            self.extraction.close()
+            self.close()
             raise
+
+    def close(self) -> None:
+        """End what still runs, and give back what is held for rows that nobody will take."""
+        self._maps.give_up()
+        if self._begun is not None:
+            self._begun.exception()
+        self.extraction.close()
 
     def finish(self) -> float:
         """Wait until everything that was begun is done.

@@ -271,7 +271,7 @@ class TorchPredictor:
             pieces = f", each in pieces of {self._piece_px} px with their own halo"
         return (
             f"{self.device} ran out of memory: {self._limit} of {self.batch_size} tiles of "
-            f"{self.tile_px} px at once{pieces}; values may differ by a rounding"
+            f"{self.tile_px} px at once{pieces}; values may differ as they do between tile sizes"
         )
 
     def _compute_in_pieces(self, pixels_BHWC: Tensor) -> dict[str, Tensor]:

@@ -33,6 +33,10 @@ def available_cpus() -> int:
 
 def peak_rss_mb() -> float:
     """Return the most memory this process has held since its start, in MiB."""
+    with suppress(OSError, StopIteration):
+        # Linux counts for ``getrusage`` what the parent held when it started this process.
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
 

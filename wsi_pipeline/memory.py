@@ -119,11 +119,13 @@ def parse_size(text: str | int) -> int:
     Raises:
         JobError: no unit, or not a size. (Numbers that are no text are bytes.)
     """
-    if isinstance(text, int):
-        if text < 1:
-            raise JobError(f"memory must be a positive number of bytes, not {text}")
+    if not isinstance(text, str):
+        if isinstance(text, bool) or not isinstance(text, int) or text < 1:
+            raise JobError(f"memory must be a text or a positive number of bytes, not {text!r}")
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(
+        r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([KMGT])(?:i?B)?\s*", text, re.IGNORECASE | re.ASCII
+    )
     if match is None or not float(match[1]):
         raise JobError(f"memory must be a size with its unit, such as 8G or 900M, not {text!r}")
     return int(float(match[1]) * _FACTORS[match[2].upper()])

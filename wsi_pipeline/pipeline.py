@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,7 +112,7 @@ def predict(
                 maps,
                 slide_id=job.slide_id,
                 workers=workers,
-                stop=stop,
+                stop=lambda: stop() or maps.given_up,
                 scratch=job.objects_path.parent,
             )
             draft = Draft(objects, maps, workers=workers)
@@ -128,14 +128,16 @@ def predict(
                 wrote=maps.arrived,
                 warn=attempt.warn,
             )
-            with draft.beside() if beside else nullcontext(), closing(filling):
-                for number, tile in enumerate(filling, start=done + 1):
-                    attempt.predicted_px += tile.write.area
-                    advance("predict", number, total)
-        _report_holes(attempt, store)
-        with attempt.stage("write"):
-            extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
-            picture, picture_grid = slide.thumbnail(max(extent_um / PREVIEW_PX, size.x, size.y))
+            with draft.beside() if beside else nullcontext():
+                with closing(filling):
+                    for number, tile in enumerate(filling, start=done + 1):
+                        attempt.predicted_px += tile.write.area
+                        advance("predict", number, total)
+                _report_holes(attempt, store)
+                with attempt.stage("write"):
+                    extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
+                    coarse = max(extent_um / PREVIEW_PX, size.x, size.y)
+                    picture, picture_grid = slide.thumbnail(coarse)
         return Predicted(
             store=store,
             draft=draft,
@@ -155,9 +157,11 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
         Interrupted: ``stop`` said so.
     """
     job, report, objects = attempt.job, attempt.report, predicted.draft.extraction
-    metadata = _metadata(attempt, predicted)
-    table = ObjectWriter(job.objects_path, metadata=metadata, pixel_size=predicted.store.pixel_size)
-    with attempt.stage("write"), closing(objects), table:
+    with attempt.stage("write"), closing(predicted.draft), ExitStack() as stack:
+        metadata = _metadata(attempt, predicted)
+        pixel_size = predicted.store.pixel_size
+        table = ObjectWriter(job.objects_path, metadata=metadata, pixel_size=pixel_size)
+        stack.enter_context(table)
         with attempt.stage("polygonize"):
             attempt.add_seconds("polygonize", predicted.draft.finish())
             for batch in _timed(objects.batches, attempt, advance):

@@ -137,7 +137,7 @@ class PredictionStore:
                 if unfinished is not None and unfinished.meta == meta:
                     log.info("going on with %s", path.name)
                     return unfinished._expecting(tiles)
-                log.info("%s was begun with other options and starts again", path.name)
+                log.warning("%s was begun with other options and starts again", path.name)
                 remove_tree(beside)
             return cls(beside, _template(beside, spec, tiles, meta))._expecting(tiles)
 
