@@ -135,9 +135,7 @@ def predict(
                         advance("predict", number, total)
                 _report_holes(attempt, store)
                 with attempt.stage("write"):
-                    extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
-                    coarse = max(extent_um / PREVIEW_PX, size.x, size.y)
-                    picture, picture_grid = slide.thumbnail(coarse)
+                    picture, picture_grid = _take_picture(slide)
         return Predicted(
             store=store,
             draft=draft,
@@ -183,6 +181,12 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
             attempt.add_output(job.maps_path)
         else:
             remove_tree(job.maps_path)
+
+
+def _take_picture(slide: Slide) -> tuple[NDArray[np.uint8], PixelGrid]:
+    size = slide.pixel_size
+    extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
+    return slide.thumbnail(max(extent_um / PREVIEW_PX, size.x, size.y))
 
 
 def _find_tissue(attempt: Attempt, slide: Slide) -> TissueMask:
