@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.peers.networks import make_network, make_spec
 from benchmarks.peers.worker import Clock, parser, write_result
 from wsi_pipeline.engines import run_slides
+from wsi_pipeline.filling import lay_tiles
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.machine import available_cpus, keep_freed_memory
@@ -96,14 +97,7 @@ def run_whole(slide: Path, mask: Path, out: Path, predictor: TorchPredictor) -> 
 def tiles_of(slide: Path, mask: Path, predictor: TorchPredictor) -> TileGrid:
     """Return the tiles that hold tissue."""
     with Slide.open(str(slide)) as opened:
-        tissue = read_mask(mask, opened.size)
-        grid = opened.working_grid(predictor.spec.mpp)
-        return TileGrid.cover(
-            grid,
-            tile_px=predictor.tile_px,
-            halo_px=predictor.halo_px,
-            wanted=lambda box: tissue.touches(grid, box),
-        )
+        return lay_tiles(opened, read_mask(mask, opened.size), predictor)
 
 
 def time_tiles(slide: Path, mask: Path, predictor: TorchPredictor, limit: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from wsi_pipeline.bundle import ModelBundle, find_bundle
 from wsi_pipeline.device import choose_device
 from wsi_pipeline.engines import run_slides
 from wsi_pipeline.errors import Interrupted, JobError
+from wsi_pipeline.filling import lay_tiles
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.machine import available_cpus
@@ -223,26 +224,16 @@ def _tissue_tiles(
     else:
         pixel_size = slide.pixel_size.x, slide.pixel_size.y
         tissue = detect_tissue(*slide.thumbnail(TISSUE_MPP), pixel_size).including(slide.holes)
-    tiles = _cover(slide, tissue, predictor)
+    tiles = lay_tiles(slide, tissue, predictor)
     if most is not None and most < len(tiles.tiles):
         path = folder / f"{job.slide_id}.png"
         Image.fromarray(restricted(tissue, tiles, most).mask.astype(np.uint8) * 255).save(path)
         job = replace(job, mask=path)
         tissue = read_mask(path, slide.size)
-        tiles = _cover(slide, tissue, predictor)
+        tiles = lay_tiles(slide, tissue, predictor)
     if not tiles.tiles:
         raise JobError(f"{slide.name} holds no tissue: there is nothing to measure")
     return tissue, tiles, job
-
-
-def _cover(slide: Slide, tissue: TissueMask, predictor: TorchPredictor) -> TileGrid:
-    grid = slide.working_grid(predictor.spec.mpp)
-    return TileGrid.cover(
-        grid,
-        tile_px=predictor.tile_px,
-        halo_px=predictor.halo_px,
-        wanted=lambda box: tissue.touches(grid, box),
-    )
 
 
 class _Silent:
