@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from wsi_pipeline.errors import DiskFullError
 
 __all__ = [
+    "FULL",
     "disk_errors",
     "durable_file",
     "partial_path",
@@ -28,6 +27,9 @@ __all__ = [
     "sweep",
     "sync_tree",
 ]
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Numbers of the errors "no space left" and "quota exceeded"."""
 
 
 def partial_path(path: Path) -> Path:
@@ -43,7 +45,7 @@ def durable_file(path: Path) -> Iterator[Path]:
     under the final name, and goes on; "no space left" becomes :class:`DiskFullError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}~{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with disk_errors(path):
             yield beside
@@ -54,25 +56,21 @@ def durable_file(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, stem: str) -> None:
-    """Remove what killed processes of this host left beside the files of one name.
+def sweep(path: Path) -> None:
+    """Remove what earlier processes, on whatever host, left unfinished beside a name.
 
-    Args:
-        folder: where the files lie.
-        stem: the files' names without the last extension.
+    For whoever is alone at it. Work that is gone on with (:func:`partial_path`) stays.
     """
-    if not folder.is_dir():
+    if not path.parent.is_dir():
         return
-    trash = re.compile(rf"\.{re.escape(stem)}\.[^.]+(\.partial)?\.trash\.partial")
-    own = re.compile(
-        rf"\.{re.escape(stem)}\.[^.]+\.{re.escape(socket.gethostname())}\.(\d+)\.partial"
-    )
-    for path in folder.iterdir():
-        match = own.fullmatch(path.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            path.unlink(missing_ok=True)
-        elif trash.fullmatch(path.name):
-            shutil.rmtree(path)
+    name = re.escape(path.name)
+    unfinished = re.compile(rf"\.{name}~[^~]+\.partial")
+    removed = re.compile(rf"\.{name}(\.partial)?\.trash\.partial")
+    for beside in path.parent.iterdir():
+        if unfinished.fullmatch(beside.name):
+            beside.unlink(missing_ok=True)
+        elif removed.fullmatch(beside.name):
+            shutil.rmtree(beside)
 
 
 def publish_directory(beside: Path, path: Path) -> None:
@@ -111,7 +109,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in FULL:
             msg = (
                 f"no space is left to write {path.name} in {path.parent}. "
                 "Free some space and run the same command again: finished work is kept."

@@ -1,0 +1,243 @@
+"""Who is at work on a slide: a file that one process owns and keeps alive.
+
+::
+
+    logs/<slide_id>.lease     {"host": ..., "pid": ..., "stage": "predict", "done": 7, "total": 40}
+
+The file is created exclusively, which every file system does atomically (NFS, too), and written
+anew every few seconds while the process lives. So a process on another machine can tell work
+from wreckage, and ``wsi status`` how far a slide is. Ages are differences of times that the
+file system itself noted, never of two machines' clocks.
+
+A process that was stopped for so long that another took its slide over finds its file gone
+(:attr:`Lease.lost`), and must not publish anything any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from wsi_pipeline.errors import SlideBusyError
+
+__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "filesystem_time", "read_holder"]
+
+HEARTBEAT_S = 10.0
+"""How often a lease is written anew."""
+DEAD_AFTER_S = 120.0
+"""Without a sign of life for so long, a process that cannot be asked counts as dead."""
+_BYTES = 1024
+"""Size of the file: always the same, so that a write needs no space and is never seen in part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that holds a lease, as its file tells."""
+
+    facts: Mapping[str, Any]
+    """``host``, ``machine``, ``pid``, ``born``, ``job``, ``restart``, ``since``, ``stage``,
+    ``done``, ``total``."""
+    beat: float
+    """When it was last alive, in seconds of the file system's clock."""
+    inode: int
+    """Which file it is: a lease that was taken over is another one."""
+
+    @property
+    def name(self) -> str:
+        """The process in words."""
+        job = self.facts.get("job")
+        return f"process {self.facts.get('pid')} on {self.facts.get('host')}" + (
+            f" (Slurm job {job})" if job else ""
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to be gone: asked of this machine, or told by Slurm."""
+        facts = self.facts
+        if facts.get("machine") == _machine():
+            try:
+                born = psutil.Process(int(facts["pid"])).create_time()
+            except (psutil.Error, KeyError, TypeError, ValueError):
+                return True
+            return bool(abs(born - float(facts.get("born", born))) > 1)
+        job, restart = _slurm_job()
+        # Slurm starts a task again only when the start before it has ended.
+        same = job is not None and facts.get("job") == job
+        return same and int(facts.get("restart", 0)) < restart
+
+
+class Lease:
+    """A slide that this process works on, until :meth:`release` or its end."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        """Use :meth:`take`."""
+        self._path = path
+        self._descriptor = descriptor
+        self._inode = os.fstat(descriptor).st_ino
+        self._facts = _own_facts()
+        self._ended = threading.Event()
+        self._writing = threading.Lock()
+        self._lost = False
+        self._write()
+        self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, path: Path) -> Lease:
+        """Take a lease that is free, or whose holder is dead.
+
+        Args:
+            path: the lease's file; its folder is made.
+
+        Raises:
+            SlideBusyError: another process is at work.
+            OSError: the folder cannot be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):
+                # Readable by whoever watches, whatever the umask of the job.
+                return cls(path, os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644))
+            holder = read_holder(path)
+            if holder is None:
+                continue  # released meanwhile
+            age = filesystem_time(path.parent) - holder.beat
+            if not holder.has_ended and age < DEAD_AFTER_S:
+                msg = (
+                    f"another process is at work: {holder.name}, last alive {max(0, age):.0f} s "
+                    f"ago. Wait for it, or use another --out; a process that is not heard of for "
+                    f"{DEAD_AFTER_S:.0f} s counts as dead."
+                )
+                raise SlideBusyError(msg)
+            _bury(path, holder)
+
+    @property
+    def lost(self) -> bool:
+        """Whether another process has taken the slide over, or the folder is gone."""
+        with self._writing:
+            if not self._lost and not self._ended.is_set():
+                self._lost = not self._is_ours()
+            return self._lost
+
+    def note(self, stage: str, done: int, total: int) -> None:
+        """Say how far the work is; others see it with the next sign of life."""
+        self._facts |= {"stage": stage, "done": done, "total": total}
+
+    def release(self) -> None:
+        """Let others at the slide; may be called twice."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join()
+        with self._writing:
+            if self._is_ours():
+                self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+
+    def _live(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            with self._writing, suppress(OSError):  # a server that is away may come back
+                self._write()
+
+    def _write(self) -> None:
+        text = json.dumps(self._facts)
+        os.pwrite(self._descriptor, text.encode().ljust(_BYTES - 1)[: _BYTES - 1] + b"\n", 0)
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.stat(self._path).st_ino == self._inode  # noqa: PTH116 - a plain system call
+        except OSError:
+            return False
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Return who holds a lease; None where nobody does."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            text = file.read(_BYTES)
+    except OSError:
+        return None
+    try:
+        facts = json.loads(text)
+        facts = facts if isinstance(facts, dict) else {}
+    except ValueError:  # created, and not yet written
+        facts = {}
+    return Holder(facts=facts, beat=status.st_mtime, inode=status.st_ino)
+
+
+def filesystem_time(folder: Path) -> float:
+    """Return what time it is by the clock that stamps files in a folder.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    probe = folder / f".clock~{uuid.uuid4().hex}.partial"
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _bury(path: Path, holder: Holder) -> None:
+    """Take the lease of a dead process away; of several who try, one does."""
+    grave = path.with_name(f".{path.name}~{uuid.uuid4().hex}.partial")
+    with suppress(FileNotFoundError):
+        os.replace(path, grave)
+        try:
+            if grave.stat().st_ino != holder.inode:
+                # Another process was faster, and this is its new lease: put it back.
+                with suppress(FileExistsError):
+                    os.link(grave, path)
+        finally:
+            grave.unlink(missing_ok=True)
+
+
+def _own_facts() -> dict[str, Any]:
+    job, restart = _slurm_job()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "born": psutil.Process().create_time(),
+        "job": job,
+        "restart": restart,
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stage": "open",
+        "done": 0,
+        "total": 0,
+    }
+
+
+def _slurm_job() -> tuple[str | None, int]:
+    """Return the number of this Slurm job and how often it was started again."""
+    try:
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    except ValueError:
+        restart = 0
+    return os.environ.get("SLURM_JOB_ID"), restart
+
+
+def _machine() -> str:
+    """Name the place where process numbers mean the same as here.
+
+    Containers may bear their host's name and number their processes anew.
+    """
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # no Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))  # noqa: PTH115 - no path at all
+    return " ".join(parts)
