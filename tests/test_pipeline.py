@@ -501,7 +501,7 @@ def test_a_slide_of_another_process_comes_last_once_it_is_free(slide, tmp_path, 
     reports = run_slides(jobs, StubPredictor(), watcher=watcher, stop=lambda: False)
     assert [r.status for r in reports] == ["done", "done"]
     assert [name for name, *_ in watcher.ended] == ["b", "a"]
-    assert os.listdir(tmp_path / "logs") == ["a.jsonl", "b.jsonl"]
+    assert set(os.listdir(tmp_path / "logs")) == {"a.jsonl", "b.jsonl"}
 
 
 def test_who_lost_its_slide_publishes_nothing(slide, tmp_path):
@@ -570,7 +570,7 @@ def test_a_slide_that_kills_again_and_again_is_given_up(slide, tmp_path, monkeyp
                 go(slide, tmp_path)
 
     assert deaths(job(slide, tmp_path)) == 0
-    for number in (1, 2, 3):
+    for number in (1, 1, 2, 3):  # the second try finds more blocks than the first
         died()
         assert deaths(job(slide, tmp_path)) == number
     report = go(slide, tmp_path)
