@@ -6,7 +6,13 @@ import socket
 
 import pytest
 
-from wsi_pipeline.durable import durable_file, publish_directory, remove_tree, sweep
+from wsi_pipeline.durable import (
+    durable_file,
+    publish_directory,
+    remove_tree,
+    sweep,
+    sweep_shared,
+)
 from wsi_pipeline.errors import DiskFullError
 
 
@@ -95,3 +101,19 @@ def test_sweep_finds_what_a_killed_process_leaves(tmp_path):
     assert os.listdir(tmp_path) == [left]
     sweep(path)
     assert os.listdir(tmp_path) == []
+
+
+def test_of_a_shared_file_only_what_ended_processes_left_goes(tmp_path):
+    here, dead = socket.gethostname(), 2**22 + 1
+    keep = [
+        f".run.json~{here}.{os.getpid()}.partial",
+        f".run.json~elsewhere.{dead}.partial",
+        f".a.json~{here}.{dead}.partial",
+    ]
+    left = [f".run.json~{here}.{dead}.partial", f".run.json~elsewhere.{dead + 1}.partial"]
+    for name in keep + left:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / left[1], (0, 0))
+    sweep_shared(tmp_path / "run.json")
+    assert sorted(os.listdir(tmp_path)) == sorted(keep)
+    sweep_shared(tmp_path / "absent" / "run.json")

@@ -10,8 +10,9 @@ import time
 import pytest
 
 from wsi_pipeline import lease
+from wsi_pipeline.durable import filesystem_time
 from wsi_pipeline.errors import SlideBusyError
-from wsi_pipeline.lease import DEAD_AFTER_S, Lease, filesystem_time, read_holder
+from wsi_pipeline.lease import DEAD_AFTER_S, Lease, read_holder
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wsi_pipeline.durable import durable_file
+from wsi_pipeline.durable import durable_file, sweep_shared
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import versions
 
@@ -169,6 +169,7 @@ def freeze_run(
         "model": dict(model),
         "versions": versions(),
     }
+    sweep_shared(out / "run.json")
     if before == content:
         return
     try:

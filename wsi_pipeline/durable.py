@@ -11,9 +11,12 @@ import os
 import re
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from wsi_pipeline.errors import DiskFullError
 
@@ -21,15 +24,19 @@ __all__ = [
     "FULL",
     "disk_errors",
     "durable_file",
+    "filesystem_time",
     "partial_path",
     "publish_directory",
     "remove_tree",
     "sweep",
+    "sweep_shared",
     "sync_tree",
 ]
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Numbers of the errors "no space left" and "quota exceeded"."""
+ABANDONED_S = 3600.0
+"""No process writes a small file for so long."""
 
 
 def partial_path(path: Path) -> Path:
@@ -71,6 +78,39 @@ def sweep(path: Path) -> None:
             beside.unlink(missing_ok=True)
         elif removed.fullmatch(beside.name):
             shutil.rmtree(beside)
+
+
+def sweep_shared(path: Path) -> None:
+    """Remove what ended processes left beside a name that many processes write, such as run.json.
+
+    Those of this host that run no more, and whatever nobody has touched for an hour.
+    """
+    if not path.parent.is_dir():
+        return
+    unfinished = re.compile(rf"\.{re.escape(path.name)}~([^~]+)\.(\d+)\.partial")
+    for beside in path.parent.iterdir():
+        match = unfinished.fullmatch(beside.name)
+        if match is None:
+            continue
+        with suppress(FileNotFoundError):  # it was just finished
+            here = match[1] == socket.gethostname()
+            old = filesystem_time(path.parent) - beside.stat().st_mtime > ABANDONED_S
+            if old or (here and not psutil.pid_exists(int(match[2]))):
+                beside.unlink()
+
+
+def filesystem_time(folder: Path) -> float:
+    """Return what time it is by the clock that stamps files in a folder.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    probe = folder / f".clock~{uuid.uuid4().hex}.partial"
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def publish_directory(beside: Path, path: Path) -> None:

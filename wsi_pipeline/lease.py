@@ -29,9 +29,10 @@ from typing import Any
 
 import psutil
 
+from wsi_pipeline.durable import filesystem_time
 from wsi_pipeline.errors import SlideBusyError
 
-__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "filesystem_time", "read_holder"]
+__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "read_holder"]
 
 HEARTBEAT_S = 10.0
 """How often a lease is written anew."""
@@ -175,20 +176,6 @@ def read_holder(path: Path) -> Holder | None:
     except ValueError:  # created, and not yet written
         facts = {}
     return Holder(facts=facts, beat=status.st_mtime, inode=status.st_ino)
-
-
-def filesystem_time(folder: Path) -> float:
-    """Return what time it is by the clock that stamps files in a folder.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
-    probe = folder / f".clock~{uuid.uuid4().hex}.partial"
-    try:
-        probe.touch(exist_ok=False)
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _bury(path: Path, holder: Holder) -> None:
