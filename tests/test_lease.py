@@ -1,5 +1,6 @@
 """Who is at work on a slide: one process, on whatever machine, as long as it lives."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from wsi_pipeline import lease
 from wsi_pipeline.durable import filesystem_time
 from wsi_pipeline.errors import SlideBusyError
-from wsi_pipeline.lease import DEAD_AFTER_S, Lease, read_holder
+from wsi_pipeline.lease import DEAD_AFTER_S, Lease, alone, read_holder
 
 
 @pytest.fixture
@@ -139,3 +140,32 @@ def test_a_lease_that_is_not_written_yet_is_a_holder_of_no_name(path):
     assert not read_holder(path).has_ended
     with pytest.raises(SlideBusyError):
         Lease.take(path)
+
+
+def test_a_full_disk_leaves_no_lease(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="full"):
+        Lease.take(path)
+    assert os.listdir(path.parent) == []
+
+
+def test_one_after_another_does_what_only_one_may_do(path):
+    inside, most = [], []
+
+    def work():
+        with alone(path):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5
+    assert os.listdir(path.parent) == []

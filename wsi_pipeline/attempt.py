@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wsi_pipeline.durable import FULL
+from wsi_pipeline.durable import FULL, disk_errors
 from wsi_pipeline.errors import DiskFullError, Interrupted, SlideBusyError, WsiPipelineError
 from wsi_pipeline.job import (
     STAGES,
@@ -43,11 +43,13 @@ class Attempt:
 
     Raises:
         SlideBusyError: another process is at work on the slide in the same results folder.
+        DiskFullError, OSError: the folder cannot be written.
     """
 
     def __init__(self, job: SlideJob) -> None:
         self.job = job
-        self._lease = _lease(job)
+        with disk_errors(job.lease_path):
+            self._lease = Lease.take(job.lease_path)
         self.stage_name = "open"
         self._outer: str | None = None
         self.predicted_px = 0
@@ -91,7 +93,7 @@ class Attempt:
     @property
     def lost(self) -> bool:
         """Whether another process has taken the slide over: nothing may be published."""
-        return self._lease is not None and self._lease.lost
+        return self._lease.lost
 
     def require_ours(self) -> None:
         """Make sure that no other process has taken the slide over.
@@ -108,8 +110,7 @@ class Attempt:
 
     def advance(self, stage: str, done: int, total: int) -> None:
         """Note how far the slide is, for those who watch from elsewhere."""
-        if self._lease is not None:
-            self._lease.note(stage, done, total)
+        self._lease.note(stage, done, total)
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Book time on a stage."""
@@ -184,8 +185,7 @@ class Attempt:
 
     def release(self) -> None:
         """Let other processes at the slide."""
-        if self._lease is not None:
-            self._lease.release()
+        self._lease.release()
 
 
 def record(attempt: Attempt, work: Callable[[], None], *, last: bool) -> RunReport | None:
@@ -269,16 +269,6 @@ def _earlier_starts(job: SlideJob) -> int:
         if event.get("event") == "end" and event.get("status") == "done":
             starts = 0
     return starts
-
-
-def _lease(job: SlideJob) -> Lease | None:
-    """Take the lease of a slide; None where no file can be written."""
-    try:
-        return Lease.take(job.lease_path)
-    except OSError as error:
-        # The first result to be written will tell, too.
-        logger.warning("%s: no lease could be taken: %s", job.slide_id, error)
-        return None
 
 
 def _events(job: SlideJob) -> Iterator[dict[str, Any]]:

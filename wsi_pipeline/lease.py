@@ -15,13 +15,14 @@ A process that was stopped for so long that another took its slide over finds it
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import threading
-import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ import psutil
 from wsi_pipeline.durable import filesystem_time
 from wsi_pipeline.errors import SlideBusyError
 
-__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "read_holder"]
+__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "alone", "read_holder"]
 
 HEARTBEAT_S = 10.0
 """How often a lease is written anew."""
@@ -51,8 +52,6 @@ class Holder:
     ``done``, ``total``."""
     beat: float
     """When it was last alive, in seconds of the file system's clock."""
-    inode: int
-    """Which file it is: a lease that was taken over is another one."""
 
     @property
     def name(self) -> str:
@@ -107,21 +106,17 @@ class Lease:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            with suppress(FileExistsError):
-                # Readable by whoever watches, whatever the umask of the job.
-                return cls(path, os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644))
-            holder = read_holder(path)
-            if holder is None:
-                continue  # released meanwhile
-            age = filesystem_time(path.parent) - holder.beat
-            if not holder.has_ended and age < DEAD_AFTER_S:
-                msg = (
-                    f"another process is at work: {holder.name}, last alive {max(0, age):.0f} s "
-                    f"ago. Wait for it, or use another --out; a process that is not heard of for "
-                    f"{DEAD_AFTER_S:.0f} s counts as dead."
-                )
-                raise SlideBusyError(msg)
-            _bury(path, holder)
+            try:
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            except FileExistsError:
+                _remove_if_dead(path)
+                continue
+            try:
+                return cls(path, descriptor)
+            except BaseException:  # a full disk: an empty lease would be nobody's
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+                raise
 
     @property
     def lost(self) -> bool:
@@ -156,40 +151,89 @@ class Lease:
         os.pwrite(self._descriptor, text.encode().ljust(_BYTES - 1)[: _BYTES - 1] + b"\n", 0)
 
     def _is_ours(self) -> bool:
+        # No other file has this number while ours is open.
+        return _is_at(self._path, self._inode)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Do something short that only one process at a time may do; wait for the others.
+
+    Args:
+        path: of the lease.
+
+    Raises:
+        SlideBusyError: another process does not come to an end.
+    """
+    patience = time.monotonic() + 1.5 * DEAD_AFTER_S
+    while True:
         try:
-            return os.stat(self._path).st_ino == self._inode  # noqa: PTH116 - a plain system call
-        except OSError:
-            return False
+            lease = Lease.take(path)
+            break
+        except SlideBusyError:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 def read_holder(path: Path) -> Holder | None:
     """Return who holds a lease; None where nobody does."""
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            text = file.read(_BYTES)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
-        facts = json.loads(text)
-        facts = facts if isinstance(facts, dict) else {}
+        return _holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Take the lease of a dead process away; of several who try at once, one does.
+
+    Raises:
+        SlideBusyError: its process lives.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return  # released meanwhile
+    try:
+        with suppress(OSError):  # no locks here: a process that is robbed sees that it lost
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        holder = _holder(descriptor)
+        age = filesystem_time(path.parent) - holder.beat
+        if not holder.has_ended and age < DEAD_AFTER_S:
+            msg = (
+                f"another process is at work: {holder.name}, last alive {max(0, age):.0f} s ago. "
+                f"Wait for it, or use another --out; a process that is not heard of for "
+                f"{DEAD_AFTER_S:.0f} s counts as dead."
+            )
+            raise SlideBusyError(msg)
+        if _is_at(path, os.fstat(descriptor).st_ino):  # and nobody else's new one
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> Holder:
+    try:
+        facts = json.loads(os.pread(descriptor, _BYTES, 0))
     except ValueError:  # created, and not yet written
         facts = {}
-    return Holder(facts=facts, beat=status.st_mtime, inode=status.st_ino)
+    beat = os.fstat(descriptor).st_mtime
+    return Holder(facts=facts if isinstance(facts, dict) else {}, beat=beat)
 
 
-def _bury(path: Path, holder: Holder) -> None:
-    """Take the lease of a dead process away; of several who try, one does."""
-    grave = path.with_name(f".{path.name}~{uuid.uuid4().hex}.partial")
-    with suppress(FileNotFoundError):
-        os.replace(path, grave)
-        try:
-            if grave.stat().st_ino != holder.inode:
-                # Another process was faster, and this is its new lease: put it back.
-                with suppress(FileExistsError):
-                    os.link(grave, path)
-        finally:
-            grave.unlink(missing_ok=True)
+def _is_at(path: Path, inode: int) -> bool:
+    try:
+        return path.stat().st_ino == inode
+    except OSError:
+        return False
 
 
 def _own_facts() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from wsi_pipeline.attempt import Attempt, deaths, record, refuse
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
-from wsi_pipeline.errors import JobError, SlideBusyError, WsiPipelineError
+from wsi_pipeline.errors import SlideBusyError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
 from wsi_pipeline.pipeline import Predicted, polygonize, predict, reopen
@@ -153,7 +153,7 @@ class _Run:
         except SlideBusyError as error:
             self.busy[job] = error
             return None
-        except (OSError, JobError) as error:
+        except (OSError, WsiPipelineError) as error:
             # Its files are of no use; other slides may go well.
             self._finish(job, refuse(job, error))
             return None
