@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import shutil
-import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +45,8 @@ def durable_file(path: Path) -> Iterator[Path]:
     under the final name, and goes on; "no space left" becomes :class:`DiskFullError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}~{socket.gethostname()}.{os.getpid()}.partial")
+    # Unique among threads and containers, too, which may share the numbers of processes.
+    beside = path.with_name(f".{path.name}~{uuid.uuid4().hex}.partial")
     try:
         with disk_errors(path):
             yield beside
