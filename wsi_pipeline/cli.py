@@ -115,7 +115,7 @@ def wsi() -> None:
     default="text",
     show_default=True,
     type=click.Choice(["text", "json"]),
-    help="Form of the plain lines.",
+    help="Form of the plain lines, and of what --dry-run lists.",
 )
 @click.option("--verbose", "-v", is_flag=True, help="Also show what the library logs.")
 def run(
@@ -146,9 +146,12 @@ def run(
     with plain_errors(), signals() as caught:
         from wsi_pipeline.api import execute, plan_run
         from wsi_pipeline.machine import keep_freed_memory
+        from wsi_pipeline.memory import parse_size
 
         if how["memory"] is None:
             keep_freed_memory()  # faster, at some hundreds of megabytes
+        else:
+            parse_size(how["memory"])  # wrong use is told before a slide is looked for
         plan = plan_run(
             slides,
             out,
@@ -161,7 +164,7 @@ def run(
             overwrite=how["overwrite"],
         )
         if dry_run:
-            _list_plan(plan, shard)
+            _list_plan(plan, shard, json_lines=log_format == "json")
             return
         watcher = _watcher(len(plan.jobs), bars=progress, json_lines=log_format == "json")
         try:
@@ -264,10 +267,10 @@ def _print_end(reports: Sequence[RunReport], plan: Plan) -> None:
     click.echo(f"model {', '.join(sorted(ran))}", err=True)
 
 
-def _list_plan(plan: Plan, shard: str | None) -> None:
+def _list_plan(plan: Plan, shard: str | None, *, json_lines: bool) -> None:
     from wsi_pipeline.describe import plan_lines
 
-    for line in plan_lines(plan, shard):
+    for line in plan_lines(plan, shard, json_lines=json_lines):
         click.echo(line)
 
 

@@ -11,31 +11,55 @@ from wsi_pipeline.api import Plan
 from wsi_pipeline.batch import parse_shard
 from wsi_pipeline.cohort import state_of
 from wsi_pipeline.errors import JobError, WsiPipelineError
-from wsi_pipeline.job import finished_report
+from wsi_pipeline.job import SlideJob, finished_report
 
 __all__ = ["describe_file", "plan_lines"]
 
 
-def plan_lines(plan: Plan, shard: str | None) -> Iterator[str]:
-    """Describe what a plan would do, a line a slide; opens slides, writes nothing."""
+def plan_lines(plan: Plan, shard: str | None, *, json_lines: bool = False) -> Iterator[str]:
+    """Describe what a plan would do, a line a slide; opens slides, writes nothing.
+
+    Args:
+        plan: what was decided on.
+        shard: the shard of the plan, as it was asked for.
+        json_lines: an object a line, with all that a program needs to write the list again.
+    """
     import os
 
+    index, count = parse_shard(shard, os.environ)
+    if not json_lines:
+        yield "slide_id\tsize\tmpp\tsource\tstate\tshard"
+    for job in plan.jobs:
+        facts = _planned(job)
+        if json_lines:
+            yield json.dumps({"event": "slide", **facts, "shard": f"{index}/{count}"})
+            continue
+        size = f"{facts['width']}x{facts['height']}" if facts["width"] else "-"
+        mpp = f"{facts['mpp']:.4g}" if facts["mpp"] else "-"
+        source = facts["mpp_source"] or facts["error"]["code"]
+        yield f"{job.slide_id}\t{size}\t{mpp}\t{source}\t{facts['state']}\t{index}/{count}"
+    of, model = len(plan.entries), plan.bundle.spec.name
+    if json_lines:
+        yield json.dumps({"event": "plan", "slides": len(plan.jobs), "of": of, "model": model})
+    else:
+        yield f"{len(plan.jobs)} of {of} slides, model {model}"
+
+
+def _planned(job: SlideJob) -> dict[str, Any]:
+    """Return what is known of a slide before it is begun: as asked for, and as found."""
     from wsi_pipeline.slide import Slide
 
-    index, count = parse_shard(shard, os.environ)
-    yield "slide_id\tsize\tmpp\tsource\tstate\tshard"
-    for job in plan.jobs:
-        try:
-            with Slide.open(job.path, mpp=job.mpp) as slide:
-                size = f"{slide.size[0]}x{slide.size[1]}"
-                mpp, source = f"{slide.pixel_size.x:.4g}", slide.pixel_size.source
-        except WsiPipelineError as error:
-            size, mpp, source = "-", "-", error.code
-        state = "done"
-        if not finished_report(job):
-            state = state_of(job).state
-        yield f"{job.slide_id}\t{size}\t{mpp}\t{source}\t{state}\t{index}/{count}"
-    yield f"{len(plan.jobs)} of {len(plan.entries)} slides, model {plan.bundle.spec.name}"
+    asked = {"mpp": job.mpp, "mask": str(job.mask) if job.mask else None}
+    facts: dict[str, Any] = {"slide_id": job.slide_id, "path": job.path, "asked": asked}
+    facts |= dict.fromkeys(("width", "height", "mpp", "mpp_source", "error"))
+    try:
+        with Slide.open(job.path, mpp=job.mpp) as slide:
+            facts["width"], facts["height"] = slide.size
+            facts["mpp"], facts["mpp_source"] = slide.pixel_size.x, slide.pixel_size.source
+    except WsiPipelineError as error:
+        facts["error"] = {"code": error.code, "message": str(error)}
+    facts["state"] = "done" if finished_report(job) else state_of(job).state
+    return facts
 
 
 def describe_file(name: str, *, mpp: float | None = None) -> list[str]:
