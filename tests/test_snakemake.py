@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from slide_fixtures import picture, write_slide
 
 from benchmarks.cluster import Cluster, missing_programs
-from slide_fixtures import picture, write_slide
 
 WORKFLOW = Path(__file__).parents[1] / "workflows" / "snakemake"
 OWN = Path(sys.prefix)
