@@ -149,7 +149,7 @@ def _submit(
 ) -> Round:
     begun = time.monotonic()
     call = [str(SUBMIT), str(cohort.folder), "--out", str(results), "--tasks", str(tasks)]
-    call += ["--sbatch", "--time=30 --open-mode=append", *OPTIONS]
+    call += ["--sbatch", "--time=30 --cpus-per-task=1 --mem=0", *OPTIONS]
     jobs = _until_submitted(cluster, call, environment)
     array, gather = jobs["array"], jobs["gather"]
     ended = cluster.wait(array, gather, timeout_s=ROUND_LIMIT_S)
