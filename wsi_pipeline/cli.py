@@ -24,6 +24,7 @@ from wsi_pipeline.command import (
     plain_errors,
     signals,
 )
+from wsi_pipeline.importing import import_results_command
 from wsi_pipeline.learning import evaluate_command, train_command
 from wsi_pipeline.zoo import models_group
 
@@ -174,6 +175,7 @@ wsi.add_command(evaluate_command)
 wsi.add_command(models_group)
 wsi.add_command(annotate_command)
 wsi.add_command(bench_command)
+wsi.add_command(import_results_command)
 
 
 @wsi.command()
