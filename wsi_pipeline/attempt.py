@@ -110,7 +110,7 @@ class Attempt:
         }
         try:
             self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.job.log_path.open("a") as file:
+            with _open_log(self.job) as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as problem:
             # A full disk must not keep the slide from ending with the right code.
@@ -234,7 +234,7 @@ def _lock(job: SlideJob) -> IO[str] | None:
     """Lock a slide's log file against other processes; None where the file system cannot."""
     try:
         job.log_path.parent.mkdir(parents=True, exist_ok=True)
-        file = job.log_path.open("a")
+        file = _open_log(job)
     except OSError:
         return None  # nothing can be logged either; the first result to be written will tell
     try:
@@ -251,6 +251,15 @@ def _lock(job: SlideJob) -> IO[str] | None:
         file.close()
         return None
     return file
+
+
+def _open_log(job: SlideJob) -> IO[str]:
+    """Open a log for adding to it; not through a link, which could lead to any file."""
+
+    def no_link(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+    return open(job.log_path, "a", opener=no_link)
 
 
 def _parsed(line: str) -> dict[str, Any]:
