@@ -198,12 +198,17 @@ def status(folder: Path) -> None:
 @wsi.command()
 @click.argument("file", type=str)
 @click.option("--mpp", type=float, help="Pixel size, where a slide does not say it.")
-def info(file: str, mpp: float | None) -> None:
+@click.option(
+    "--redact",
+    is_flag=True,
+    help="Only what tells nothing of a patient or a place: no names, paths, dates or free text.",
+)
+def info(file: str, mpp: float | None, redact: bool) -> None:
     """Say what FILE is: a slide, table, store of maps or model (its name will do); its mpp."""
     from wsi_pipeline.describe import describe_file
 
-    with plain_errors():
-        for line in describe_file(file, mpp=mpp):
+    with plain_errors(redact=redact):
+        for line in describe_file(file, mpp=mpp, redact=redact):
             click.echo(line)
 
 
