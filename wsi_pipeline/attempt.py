@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from wsi_pipeline.durable import FULL, disk_errors
 from wsi_pipeline.errors import DiskFullError, Interrupted, SlideBusyError, WsiPipelineError
@@ -135,7 +135,7 @@ class Attempt:
         }
         try:
             self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.job.log_path.open("a") as file:
+            with _open_log(self.job) as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as problem:
             # A full disk must not keep the slide from ending with the right code.
@@ -277,6 +277,15 @@ def _events(job: SlideJob) -> Iterator[dict[str, Any]]:
     except OSError:
         return
     yield from map(_parsed, text.splitlines())
+
+
+def _open_log(job: SlideJob) -> TextIO:
+    """Open a log for adding to it; not through a link, which could lead to any file."""
+
+    def no_link(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+    return open(job.log_path, "a", opener=no_link)
 
 
 def _parsed(line: str) -> dict[str, Any]:

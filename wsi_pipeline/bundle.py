@@ -146,7 +146,7 @@ def open_bundle(path: Path) -> ModelBundle:
     """
     try:
         text = (path / _SPEC).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ModelBundleError(f"{path} is no model bundle: {error}") from error
     files = weight_map(path)
     return ModelBundle(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
+from wsi_pipeline.upstream import CLASSES
 
 __all__ = [
     "CerberusCheckpoint",
@@ -31,18 +32,6 @@ __all__ = [
     "read_cerberus",
     "read_torchvision",
 ]
-
-_CLASSES = {
-    "nuclei-class": (
-        "none", "neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective",
-    ),
-    "gland-class": ("none", "gland", "surface epithelium"),
-    "tissue": (
-        "background", "abnormal epithelium", "normal epithelium", "inflammatory", "muscle",
-        "stroma", "debris", "mucous", "adipose",
-    ),
-}  # fmt: skip
-"""Class names of upstream's release by id (its dataset.yml)."""
 
 _HEAD_NAMES = {
     "Nuclei": "nuclei",
@@ -271,7 +260,7 @@ def cerberus_heads(names: set[str] | None = None) -> tuple[HeadSpec, ...]:
             name="nuclei", kind="instance", object_kind="nucleus", rules=AnchorRules(), parent=gland
         ),
         HeadSpec(
-            name="nuclei-class", kind="class", classes=_CLASSES["nuclei-class"], classifies="nuclei"
+            name="nuclei-class", kind="class", classes=CLASSES["nuclei-class"], classifies="nuclei"
         ),
         HeadSpec(
             name="gland",
@@ -284,7 +273,7 @@ def cerberus_heads(names: set[str] | None = None) -> tuple[HeadSpec, ...]:
             name="gland-class",
             kind="class",
             stride=2,
-            classes=_CLASSES["gland-class"],
+            classes=CLASSES["gland-class"],
             classifies="gland",
         ),
         HeadSpec(
@@ -296,5 +285,5 @@ def cerberus_heads(names: set[str] | None = None) -> tuple[HeadSpec, ...]:
             parent=gland,
             inside_parent=gland is not None,
         ),
-        HeadSpec(name="tissue", kind="patch", stride=16, classes=_CLASSES["tissue"]),
+        HeadSpec(name="tissue", kind="patch", stride=16, classes=CLASSES["tissue"]),
     )

@@ -24,6 +24,7 @@ from wsi_pipeline.command import (
     plain_errors,
     signals,
 )
+from wsi_pipeline.importing import import_results_command
 from wsi_pipeline.learning import evaluate_command, train_command
 from wsi_pipeline.watching import status_command, summary_command
 from wsi_pipeline.zoo import models_group
@@ -186,17 +187,23 @@ wsi.add_command(annotate_command)
 wsi.add_command(bench_command)
 wsi.add_command(status_command)
 wsi.add_command(summary_command)
+wsi.add_command(import_results_command)
 
 
 @wsi.command()
 @click.argument("file", type=str)
 @click.option("--mpp", type=float, help="Pixel size, where a slide does not say it.")
-def info(file: str, mpp: float | None) -> None:
+@click.option(
+    "--redact",
+    is_flag=True,
+    help="Only what tells nothing of a patient or a place: no names, paths, dates or free text.",
+)
+def info(file: str, mpp: float | None, redact: bool) -> None:
     """Say what FILE is: a slide, table, store of maps or model (its name will do); its mpp."""
     from wsi_pipeline.describe import describe_file
 
-    with plain_errors():
-        for line in describe_file(file, mpp=mpp):
+    with plain_errors(redact=redact):
+        for line in describe_file(file, mpp=mpp, redact=redact):
             click.echo(line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -75,13 +76,28 @@ def arithmetic_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Show our own errors, and those of files and folders, as a message and no traceback."""
+def plain_errors(*, redact: bool = False) -> Iterator[None]:
+    """Show our own errors, and those of files and folders, as a message and no traceback.
+
+    Args:
+        redact: show the code alone, and nothing of what libraries log: they name files.
+    """
+    if redact:
+        logging.disable()
+    # A traceback names files, too.
+    shown_errors = Exception if redact else (WsiPipelineError, OSError, ValueError)
     try:
         yield
-    except (WsiPipelineError, OSError, ValueError) as error:
-        click.echo(f"Error: {error}", err=True)
+    except shown_errors as error:
+        shown = str(error)
+        if redact:
+            code = error.code if isinstance(error, WsiPipelineError) else "internal"
+            shown = f"{code} (without --redact the message says more)"
+        click.echo(f"Error: {shown}", err=True)
         raise SystemExit(EXIT_USAGE) from error
+    finally:
+        if redact:
+            logging.disable(logging.NOTSET)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wsi_pipeline import redacted
 from wsi_pipeline.api import Plan
 from wsi_pipeline.batch import parse_shard
 from wsi_pipeline.cohort import state_of
@@ -62,12 +63,13 @@ def _planned(job: SlideJob) -> dict[str, Any]:
     return facts
 
 
-def describe_file(name: str, *, mpp: float | None = None) -> list[str]:
+def describe_file(name: str, *, mpp: float | None = None, redact: bool = False) -> list[str]:
     """Say what a file or folder is, its pixel size and its provenance.
 
     Args:
         name: of a file or folder; where there is none, of a model in the zoo.
         mpp: pixel size of a slide that does not say it.
+        redact: only what tells nothing of a patient or a place. Errors still name the file.
 
     Raises:
         WsiPipelineError: it is none of ours and no slide either.
@@ -78,13 +80,13 @@ def describe_file(name: str, *, mpp: float | None = None) -> list[str]:
     if (path / "spec.json").is_file():
         return list(_describe_bundle(path))
     if (path / "zarr.json").is_file():
-        return list(_describe_maps(path))
+        return list((redacted.maps_lines if redact else _describe_maps)(path))
     if path.suffix == ".parquet" and path.is_file():
-        return list(_describe_table(path))
+        return list((redacted.table_lines if redact else _describe_table)(path))
     if path.is_dir():
         msg = f"{name} is a folder, but neither a model bundle nor a store of maps"
         raise JobError(msg)
-    return list(_describe_slide(name, mpp))
+    return list((redacted.slide_lines if redact else _describe_slide)(name, mpp))
 
 
 def _in_zoo(name: str) -> Path | None:
@@ -106,10 +108,15 @@ def _describe_slide(name: str, mpp: float | None) -> Iterator[str]:
         )
         yield f"mpp        {size.x:.5g} x {size.y:.5g} um, from {size.source}"
         yield f"objective  {slide.objective_power or 'not stated'}"
+        yield f"scanned    {_shown(slide.scan_date or 'not stated')}"
         for level in slide.levels:
             yield f"level {level.index}    {level.size[0]} x {level.size[1]}, " + (
                 f"downsample {level.downsample[0]:.4g}"
             )
+        beside = [f"{_shown(n)} {w} x {h}" for n, (w, h) in sorted(slide.associated.items())]
+        yield f"beside it  {', '.join(beside) or 'no pictures'}" + (
+            " (label and macro may show names; nothing here copies them)" * bool(beside)
+        )
 
 
 def _describe_table(path: Path) -> Iterator[str]:
@@ -136,7 +143,7 @@ def _describe_bundle(path: Path) -> Iterator[str]:
     from wsi_pipeline.bundle import find_bundle
 
     bundle = find_bundle(str(path))
-    yield f"model      {bundle.spec.name}: {bundle.spec.description}"
+    yield f"model      {bundle.spec.name}: {_shown(bundle.spec.description)}"
     yield f"sha256     {bundle.digest}"
     size = sum((path / name).stat().st_size for name in bundle.weight_map)
     yield f"weights    {size / 2**20:.1f} MiB in {len(bundle.weight_map)} files"
@@ -146,6 +153,11 @@ def _describe_bundle(path: Path) -> Iterator[str]:
         yield f"head       {head.name} ({head.kind}, stride {head.stride}){classes}"
 
 
+def _shown(text: str) -> str:
+    """Return a text out of a file as one line that does nothing to a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text[:500])
+
+
 def _tree(values: dict[str, Any]) -> Iterable[str]:
     for key, value in values.items():
-        yield f"{key:<10} {value if isinstance(value, str) else json.dumps(value)}"
+        yield f"{key:<10} {_shown(value) if isinstance(value, str) else json.dumps(value)}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wsi_pipeline.durable import durable_file
+from wsi_pipeline.errors import JobError
 
 __all__ = [
     "STAGES",
@@ -59,6 +60,12 @@ class SlideJob:
     """Tissue mask given by the user."""
     keep_maps: bool = True
     """Whether the maps stay after the objects are written."""
+
+    def __post_init__(self) -> None:
+        # Every path below is made of it. A list is checked with better words (batch); this is
+        # for ids that come another way, such as from run.json.
+        if self.slide_id in ("", ".", "..") or os.sep in self.slide_id or "\0" in self.slide_id:
+            raise JobError(f"a slide_id is the name of a file and no path: {self.slide_id!r}")
 
     @property
     def objects_path(self) -> Path:

@@ -13,9 +13,11 @@ from zarr.codecs import ZstdCodec
 
 from wsi_pipeline.geometry import PixelGrid
 
-__all__ = ["compress", "create_array", "multiscale", "ome_attributes"]
+__all__ = ["compress", "create_array", "multiscale", "oddity", "ome_attributes"]
 
 ZSTD_LEVEL = 1
+LARGEST_CHUNK_BYTES = 1 << 28
+"""The tile of a chunk is 8192 pixels wide at most."""
 
 
 def create_array(
@@ -40,6 +42,37 @@ def create_array(
         config={"write_empty_chunks": False},
         overwrite=True,
     )
+
+
+def oddity(array: zarr.Array[Any], shape: tuple[int, ...]) -> str | None:
+    """Tell in what an array differs from those that :func:`create_array` makes; None in nothing.
+
+    Asked before a chunk is read: the metadata of a store that a stranger made choose what its
+    bytes are decoded with, up to codecs that run code, where its chunks lie, and how large they
+    are.
+
+    Args:
+        array: as it was opened.
+        shape: what it must have.
+    """
+    if array.metadata.zarr_format != 3:
+        return f"is of zarr format {array.metadata.zarr_format}"
+    if array.shape != shape:
+        return f"has the shape {array.shape}, not {shape}"
+    if array.dtype != np.uint8:
+        return f"holds {array.dtype}, not uint8"
+    said: dict[str, Any] = dict(array.metadata.to_dict())
+    codecs = [codec["name"] for codec in said["codecs"]]
+    if codecs != ["bytes", "zstd"] or said["storage_transformers"]:
+        return f"is packed by {codecs}, not by zstd alone"
+    keys = said["chunk_key_encoding"]
+    if keys["name"] != "default" or keys["configuration"] != {"separator": "/"}:
+        return "names its chunks in another way"
+    if said["chunk_grid"]["name"] != "regular" or np.prod(array.chunks, dtype=float) > (
+        LARGEST_CHUNK_BYTES
+    ):
+        return "has chunks of more than 256 MiB, or of different sizes"
+    return None
 
 
 def compress(chunk: NDArray[np.uint8]) -> bytes:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.machine import available_cpus
-from wsi_pipeline.ome import create_array
+from wsi_pipeline.ome import create_array, oddity
 
 __all__ = ["Pyramid"]
 
@@ -50,7 +50,7 @@ class Pyramid:
         while max(self.levels[-1].shape[-2:]) > COARSEST_PX:
             finer, name = self.levels[-1], f"{key}_{2 ** len(self.levels)}x"
             shape = (*finer.shape[:-2], *(-(-side // 2) for side in finer.shape[-2:]))
-            made = name in group and _array(group, name).shape == shape
+            made = name in group and oddity(_array(group, name), shape) is None
             self.levels.append(
                 _array(group, name) if made else create_array(group, name, shape, finer.chunks)
             )

@@ -125,4 +125,7 @@ def _picture(name: str, *folders: Path) -> Path:
     found = next((folder / name for folder in folders if (folder / name).is_file()), None)
     if found is None:
         raise ModelBundleError(f"the card shows {name}, which is in none of {folders}")
+    if not found.resolve().is_relative_to(found.parent.resolve()):
+        # A stranger's bundle could give away with it what the link leads to.
+        raise ModelBundleError(f"{found} is a link out of its folder: copy the picture there")
     return found

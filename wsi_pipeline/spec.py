@@ -20,6 +20,7 @@ rules' ``max_size_um``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
@@ -36,6 +37,9 @@ __all__ = [
     "head_from_json",
 ]
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_TAKEN = "blocks"
+"""An array in the store of maps, beside the folders of the heads."""
 HeadKind = Literal["instance", "class", "patch", "detect"]
 T = TypeVar("T")
 
@@ -134,6 +138,9 @@ class HeadSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
+        if not _NAME.fullmatch(self.name) or self.name == _TAKEN:
+            msg = f"head {self.name!r}: a name is letters, digits, '-' and '_', and not {_TAKEN!r}"
+            raise ModelBundleError(f"{msg}: it becomes a folder of the maps")
         if self.stride < 1:
             raise ModelBundleError(f"head {self.name!r}: stride must be 1 or more")
         if self.kind == "instance":
@@ -202,6 +209,8 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", tuple(self.heads))
+        if not (self.name and self.name.isprintable()) or "/" in self.name or "\\" in self.name:
+            raise ModelBundleError(f"model {self.name!r}: a name is printable, without slashes")
         names = [head.name for head in self.heads]
         if len(set(names)) != len(names):
             raise ModelBundleError(f"model {self.name!r} names a head twice: {names}")

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import zarr
@@ -34,9 +34,9 @@ from zarr.errors import ContainsGroupError, NodeNotFoundError
 from wsi_pipeline.durable import disk_errors, partial_path, publish_directory, remove_tree
 from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.ome import create_array, multiscale, ome_attributes
+from wsi_pipeline.ome import create_array, multiscale, oddity, ome_attributes
 from wsi_pipeline.pyramid import Pyramid
-from wsi_pipeline.spec import ModelSpec
+from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.tiling import Tile, TileGrid
 
 if TYPE_CHECKING:
@@ -91,8 +91,11 @@ class PredictionStore:
         self._group = group
         self._groups = {head.name: _group(group, head.name) for head in self.spec.heads}
         self._maps = self.spec.maps
-        self._arrays = {key: _array(group, key) for key in self.spec.maps}
-        self._marks = _array(group, "blocks")
+        self._arrays = {
+            key: _array(group, key, self._shape(key, head)) for key, head in self._maps.items()
+        }
+        lattice = [-(-side // self.tile_px) for side in self.grid.size[::-1]]
+        self._marks = _array(group, "blocks", tuple(lattice))
         self._marking = threading.Lock()
         self._blocks: Pixels = np.asarray(self._marks[:], np.uint8)
         self._cache = _ChunkCache(CACHE_BYTES)
@@ -133,7 +136,7 @@ class PredictionStore:
         }
         with disk_errors(path):
             if beside.exists():
-                unfinished = _open(beside)
+                unfinished = _open(beside, "r+")
                 if unfinished is not None and unfinished.meta == meta:
                     log.info("going on with %s", path.name)
                     return unfinished._expecting(tiles)
@@ -161,11 +164,15 @@ class PredictionStore:
         Raises:
             StoreError: there is none, or it is not one of ours.
         """
-        store = _open(path) if path.is_dir() else None
+        store = _open(path, "r") if path.is_dir() else None
         if store is None:
             unfinished = " An unfinished one lies beside it." if partial_path(path).exists() else ""
             raise StoreError(f"{path} is no finished store of maps.{unfinished}")
         return store
+
+    def _shape(self, key: str, head: HeadSpec) -> tuple[int, ...]:
+        channels = (len(head.prob_channels),) if key.endswith("/prob") else ()
+        return (*channels, *self.grid.coarsen(head.stride).size[::-1])
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -371,15 +378,20 @@ def open_maps(path: Path | str) -> dict[str, da.Array]:
     }
 
 
-def _open(path: Path) -> PredictionStore | None:
+_NO_STORE = (NodeNotFoundError, ContainsGroupError, FileNotFoundError, KeyError, ValueError,
+             TypeError, AttributeError, ZeroDivisionError)  # fmt: skip
+
+
+def _open(path: Path, mode: Literal["r", "r+"]) -> PredictionStore | None:
     """Open whatever lies at a path; None where it is not, or no longer, a store to go on with.
 
     That is a template that was never completed, a store of another version of this package,
     or one whose record of blocks was torn (zarr then raises RuntimeError).
     """
     try:
-        return PredictionStore(path, zarr.open_group(path, mode="r+"))
-    except (NodeNotFoundError, ContainsGroupError, FileNotFoundError, KeyError, ValueError):
+        # Of format 3 alone: the older one knows codecs that run what they read.
+        return PredictionStore(path, zarr.open_group(path, mode=mode, zarr_format=3))
+    except _NO_STORE:
         return None
     except (WsiPipelineError, RuntimeError) as error:
         log.warning("%s cannot be used: %s", path.name, error)
@@ -414,10 +426,12 @@ def _chunk_px(tile_px: int) -> int:
     return side if side >= CHUNK_PX // 4 else tile_px
 
 
-def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:
+def _array(group: zarr.Group, key: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
     array = group[key]
     if not isinstance(array, zarr.Array):
         raise StoreError(f"{key} is not an array")
+    if odd := oddity(array, shape):
+        raise StoreError(f"{key} {odd}")
     return array
 
 

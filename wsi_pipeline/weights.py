@@ -58,6 +58,7 @@ def weight_map(folder: Path) -> dict[str, tuple[str, ...] | None]:
     if not index.is_file():
         if not (folder / _WEIGHTS).is_file():
             raise ModelBundleError(f"{folder} holds neither {_WEIGHTS} nor {_INDEX}")
+        _require_inside(folder, _WEIGHTS)
         return {_WEIGHTS: None}
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
@@ -68,9 +69,17 @@ def weight_map(folder: Path) -> dict[str, tuple[str, ...] | None]:
         # A bundle may come from anywhere: it must not name files outside its folder.
         if Path(file).name != file or not (folder / file).is_file():
             raise ModelBundleError(f"{index} names {file!r}, which is no file of the bundle")
+        _require_inside(folder, file)
     return {
         file: tuple(tensor for tensor, where in entries if where == file) for file in sorted(files)
     }
+
+
+def _require_inside(folder: Path, file: str) -> None:
+    """Refuse a link that leads out of the folder."""
+    if not (folder / file).resolve().is_relative_to(folder.resolve()):
+        msg = f"{folder / file} is a link out of the bundle: copy what it leads to in its place"
+        raise ModelBundleError(msg)
 
 
 def read_weights(folder: Path, files: Mapping[str, tuple[str, ...] | None]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from wsi_pipeline.errors import ImplausiblePixelSizeError, MissingPixelSizeError
 
-__all__ = ["PixelSize", "find_pixel_size", "objective_power"]
+__all__ = ["PixelSize", "find_pixel_size", "objective_power", "scan_date"]
 
 _PLAUSIBLE_MPP = (0.05, 5.0)
 """Oil immersion at 100x to a macro scan."""
@@ -29,6 +29,10 @@ _NOTES = (
 _UNIT_UM = {"inch": 25400.0, "centimeter": 10000.0}
 _OBJECTIVE_MPP = {40.0: 0.25, 20.0: 0.5, 10.0: 1.0}
 _OBJECTIVE_NOTES = ("aperio.AppMag", "openslide.objective-power", "tiffslide.objective-power")
+_DATE_NOTES = (
+    "aperio.Date", "leica.creation-date", "mirax.GENERAL.SLIDE_CREATIONDATETIME",
+    "hamamatsu.Created", "philips.DICOM_ACQUISITION_DATETIME", "tiff.DateTime",
+)  # fmt: skip
 _LOOKED_FOR = (
     "aperio.MPP, openslide.mpp-x, tiff.XResolution with a unit, objective power 10, 20 or 40"
 )
@@ -86,6 +90,11 @@ def objective_power(properties: Mapping[str, str]) -> float | None:
     """Return the magnification of the objective, where the file names one."""
     powers = (_number(properties.get(key)) for key in _OBJECTIVE_NOTES)
     return next((power for power in powers if power is not None and power > 0), None)
+
+
+def scan_date(properties: Mapping[str, str]) -> str | None:
+    """Return when the slide was scanned, in the scanner's words; None where it does not say."""
+    return next((properties[key] for key in _DATE_NOTES if properties.get(key)), None)
 
 
 def _noted(properties: Mapping[str, str]) -> PixelSize | None:

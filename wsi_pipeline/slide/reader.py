@@ -69,6 +69,10 @@ class TileReader(Protocol):
         """What the file says about itself, under openslide's names."""
 
     @property
+    def associated(self) -> Mapping[str, tuple[int, int]]:
+        """``(width, height)`` of pictures beside the slide by name: label, macro. Never read."""
+
+    @property
     def levels(self) -> tuple[RasterLevel, ...]:
         """Finest first."""
 

@@ -7,6 +7,7 @@ that the rest of this room need not know the difference.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -29,6 +30,7 @@ _BLOCK_PX = 512
 """Blocks are at least this large, so that a source tile is seldom cut."""
 _MAX_BLOCK_PX = 2048
 _CACHE_BYTES = 64 << 20
+_ASSOCIATED = re.compile(r"openslide\.associated\.(.+)\.width")
 
 
 class OpenSlideReader:
@@ -43,6 +45,7 @@ class OpenSlideReader:
         handle.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
         self.properties: Mapping[str, str] = MappingProxyType(dict(handle.properties))
         self.vendor = self.properties.get("openslide.vendor", "unknown")
+        self.associated = _associated(self.properties)
         self.levels = tuple(
             RasterLevel(size=size, tile_size=_block(self.properties, index))
             for index, size in enumerate(handle.level_dimensions)
@@ -103,6 +106,8 @@ class TiffSlideReader:
             {key: str(value) for key, value in handle.properties.items() if value is not None}
         )
         self.vendor = self.properties.get("tiffslide.vendor", "generic-tiff")
+        self.associated: Mapping[str, tuple[int, int]] = MappingProxyType({})
+        """Not known: tiffslide would have to read them."""
         self.levels = tuple(
             RasterLevel(size=(int(width), int(height)), tile_size=(_BLOCK_PX, _BLOCK_PX))
             for width, height in handle.level_dimensions
@@ -148,6 +153,19 @@ class TiffSlideReader:
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
+
+
+def _associated(properties: Mapping[str, str]) -> Mapping[str, tuple[int, int]]:
+    found = (_ASSOCIATED.fullmatch(key) for key in properties)
+    names = [match[1] for match in found if match]
+    sides = {
+        name: tuple(
+            int(properties.get(f"openslide.associated.{name}.{side}", 0))
+            for side in ("width", "height")
+        )
+        for name in names
+    }
+    return MappingProxyType({name: (width, height) for name, (width, height) in sides.items()})
 
 
 def _block(properties: Mapping[str, str], level: int) -> tuple[int, int]:

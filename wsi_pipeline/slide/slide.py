@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,12 @@ from wsi_pipeline.errors import SlideError
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.slide.bands import band_bytes, decode_once, read_bands
 from wsi_pipeline.slide.opening import open_reader
-from wsi_pipeline.slide.pixel_size import PixelSize, find_pixel_size, objective_power
+from wsi_pipeline.slide.pixel_size import (
+    PixelSize,
+    find_pixel_size,
+    objective_power,
+    scan_date,
+)
 from wsi_pipeline.slide.planes import Plane, fitting_grid, sampling_for
 from wsi_pipeline.slide.reader import TileError, TileReader
 
@@ -133,6 +138,19 @@ class Slide:
     def objective_power(self) -> float | None:
         """Magnification of the objective, where the file names one."""
         return objective_power(self._reader.properties)
+
+    @property
+    def scan_date(self) -> str | None:
+        """When it was scanned, in the scanner's words, where the file says."""
+        return scan_date(self._reader.properties)
+
+    @property
+    def associated(self) -> Mapping[str, tuple[int, int]]:
+        """``(width, height)`` of pictures beside the slide by name, such as label and macro.
+
+        They may show names of patients: nothing here reads them.
+        """
+        return self._reader.associated
 
     @property
     def holes(self) -> tuple[Box, ...]:

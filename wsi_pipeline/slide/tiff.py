@@ -60,10 +60,16 @@ class TiffReader:
     kind = "tiff"
 
     def __init__(
-        self, fd: int, vendor: str, properties: Mapping[str, str], levels: tuple[_Level, ...]
+        self,
+        fd: int,
+        vendor: str,
+        properties: Mapping[str, str],
+        levels: tuple[_Level, ...],
+        associated: Mapping[str, tuple[int, int]],
     ) -> None:
         self._fd = fd
         self._levels = levels
+        self.associated = associated
         self.vendor = vendor
         self.properties = properties
         self.levels = tuple(level.raster for level in levels)
@@ -86,13 +92,17 @@ class TiffReader:
                 size = tif.filehandle.size
                 vendor = "aperio" if tif.is_svs else "generic-tiff"
                 properties = _properties(tif.pages.first)
+                associated = {
+                    other.name.lower(): (other.keyframe.imagewidth, other.keyframe.imagelength)
+                    for other in tif.series[1:]
+                }
         except _DAMAGE as error:
             raise NotTakenError(f"no whole TIFF directory ({error})", damaged=True) from error
         end = max(int((level.offsets + level.counts).max()) for level in levels)
         if end > size:
             reason = f"truncated: {size} bytes, but its tiles reach to byte {end}"
             raise NotTakenError(reason, damaged=True)
-        return cls(os.open(path, os.O_RDONLY), vendor, properties, levels)
+        return cls(os.open(path, os.O_RDONLY), vendor, properties, levels, associated)
 
     def tile(self, level: int, column: int, row: int, reduction: int) -> NDArray[np.uint8] | None:
         """Decode one tile; see :class:`~wsi_pipeline.slide.reader.TileReader`."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -179,13 +179,17 @@ class Workplace:
         """Return the kept weights and the step they are from.
 
         Raises:
-            RecipeError: they are gone.
+            RecipeError: they are gone or damaged.
         """
         if not self._best.is_file():
             raise RecipeError(f"{self._best} is missing; say --restart to train anew")
-        with safe_open(self._best, framework="pt") as file:
-            step = int(file.metadata()["step"])
-        return load_file(self._best), step
+        try:
+            with safe_open(self._best, framework="pt") as file:
+                step = int(file.metadata()["step"])
+            return load_file(self._best), step
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            msg = f"{self._best} cannot be read ({error}); say --restart to train anew"
+            raise RecipeError(msg) from error
 
     def validation(self, step: int) -> dict[str, Any]:
         """Return the scores of a step's validation; empty where none were taken."""

@@ -27,7 +27,15 @@ from wsi_pipeline.training.annotation import (
     InstanceLabel,
     Item,
 )
-from wsi_pipeline.training.layouts.reading import about, as_ids, files, pair, pixel_size, require
+from wsi_pipeline.training.layouts.reading import (
+    about,
+    as_ids,
+    files,
+    pair,
+    pixel_size,
+    read_npy,
+    require,
+)
 
 __all__ = ["PANNUKE_CLASSES", "read_pannuke"]
 
@@ -97,10 +105,7 @@ def _fold(folder: Path, path: Path) -> str:
 
 def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.generic]:
     """Map an array whose axes are of these lengths, -1 for any."""
-    try:
-        array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DatasetError(f"{path} cannot be read as a NumPy array: {error}") from error
+    array = read_npy(path)
     fits = array.ndim == len(shape) and all(
         wanted in (-1, found) for wanted, found in zip(shape, array.shape, strict=True)
     )

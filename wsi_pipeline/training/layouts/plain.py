@@ -62,6 +62,7 @@ from wsi_pipeline.training.layouts.reading import (
     image_files,
     pixel_size,
     read_ids,
+    read_npy,
     read_rgb,
     require,
 )
@@ -188,10 +189,7 @@ def _load(where: _Files) -> AnnotatedImage:
 def _read_mask(path: Path) -> NDArray[np.int32]:
     if path.suffix.lower() != ".npy":
         return read_ids(path)
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read as an array: {error}") from error
+    array = read_npy(path)
     with about(path):
         return as_ids(array)
 

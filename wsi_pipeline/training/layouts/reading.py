@@ -24,6 +24,7 @@ __all__ = [
     "pixel_size",
     "read_ids",
     "read_mat",
+    "read_npy",
     "read_rgb",
     "read_xml",
     "require",
@@ -86,6 +87,22 @@ def read_mat(path: Path, *names: str) -> list[NDArray[np.generic]]:
         found = sorted(name for name in content if not name.startswith("__"))
         raise DatasetError(f"{path} holds no {' and no '.join(missing)}; found: {found}")
     return [content[name] for name in names]
+
+
+def read_npy(path: Path) -> NDArray[np.generic]:
+    """Map the array of a ``.npy`` file into memory.
+
+    Raises:
+        DatasetError: unreadable, several arrays (``.npz``), or an array of Python objects, which
+            would have to be unpickled.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(f"{path} cannot be read as a NumPy array: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise DatasetError(f"{path} cannot be read as a NumPy array: it is an archive of files")
+    return array
 
 
 def read_xml(path: Path) -> ElementTree.Element:
