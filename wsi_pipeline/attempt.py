@@ -61,6 +61,7 @@ class Attempt:
             versions=versions(),
             started=_now(),
             host=socket.gethostname(),
+            pid=os.getpid(),
             restarts=_earlier_starts(job),
         )
         self._begun = time.perf_counter()

@@ -137,6 +137,10 @@ class RunReport:
     finished: str = ""
     host: str = ""
     restarts: int = 0
+    pid: int = 0
+    """Number of the process on ``host``."""
+    device_busy_s: float | None = None
+    """Seconds in which the network ran on its device; None where no network was asked for."""
     left: str = ""
     """What was left to another run on purpose: ``objects``, after ``--only maps``."""
 
