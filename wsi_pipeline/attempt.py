@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -15,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from wsi_pipeline.durable import FULL
 from wsi_pipeline.errors import DiskFullError, Interrupted, SlideBusyError, WsiPipelineError
+from wsi_pipeline.history import append_event, deaths, earlier_starts
 from wsi_pipeline.job import (
     STAGES,
     RunReport,
@@ -62,7 +61,7 @@ class Attempt:
             started=_now(),
             host=socket.gethostname(),
             pid=os.getpid(),
-            restarts=_earlier_starts(job),
+            restarts=earlier_starts(job),
         )
         self._begun = time.perf_counter()
         self.log("start", job_id=job.job_id, slide=job.path)
@@ -134,9 +133,7 @@ class Attempt:
             **details,
         }
         try:
-            self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.job.log_path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_event(self.job.log_path, line)
         except OSError as problem:
             # A full disk must not keep the slide from ending with the right code.
             logger.warning("%s: no line could be logged: %s", self.job.slide_id, problem)
@@ -241,37 +238,6 @@ def _explain(error: Exception) -> tuple[str, str]:
     return "internal", f"{type(error).__name__}: {error}"
 
 
-def deaths(job: SlideJob) -> int:
-    """Count the tries at this job, the last ones in a row, whose process was killed.
-
-    They left neither a word nor a finished block more than the try before.
-    """
-    died, finished, working = 0, 0, False
-    for event in _events(job):
-        if event.get("event") == "start":
-            if event.get("job_id") != job.job_id:
-                died, finished, working = 0, 0, False
-                continue
-            died, working = died + working, True
-        elif event.get("event") == "end":
-            died, working = 0, False
-        elif event.get("event") == "blocks" and event.get("done", 0) > finished:
-            # It came further than ever: the slide is not what kills.
-            finished, died = event["done"], 0
-    return died + working
-
-
-def _earlier_starts(job: SlideJob) -> int:
-    """Count the tries at this job since it was last done."""
-    starts = 0
-    for event in _events(job):
-        if event.get("event") == "start" and event.get("job_id") == job.job_id:
-            starts += 1
-        if event.get("event") == "end" and event.get("status") == "done":
-            starts = 0
-    return starts
-
-
 def _lease(job: SlideJob) -> Lease | None:
     """Take the lease of a slide; None where no file can be written."""
     try:
@@ -280,23 +246,6 @@ def _lease(job: SlideJob) -> Lease | None:
         # The first result to be written will tell, too.
         logger.warning("%s: no lease could be taken: %s", job.slide_id, error)
         return None
-
-
-def _events(job: SlideJob) -> Iterator[dict[str, Any]]:
-    try:
-        text = job.log_path.read_text(errors="replace")
-    except OSError:
-        return
-    yield from map(_parsed, text.splitlines())
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    """Return an event of a log; nothing where a kill tore the line."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
 
 
 def _now() -> str:

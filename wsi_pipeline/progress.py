@@ -94,8 +94,10 @@ class LineWatcher:
         """Nothing to tidy up."""
 
     def _say(self, text: str, **facts: object) -> None:
-        self._stream.write((json.dumps(facts) if self._json else text) + "\n")
-        self._stream.flush()
+        line = (json.dumps(facts) if self._json else text) + "\n"
+        with self._lock:  # lines of several threads must not mix
+            self._stream.write(line)
+            self._stream.flush()
 
 
 class BarWatcher:

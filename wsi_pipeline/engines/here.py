@@ -283,5 +283,6 @@ def _clear(job: SlideJob, *, maps: bool) -> None:
         job.maps_path,
         job.report_path,
         job.lease_path,
+        job.log_path,
     ):
         sweep(path)
