@@ -53,7 +53,7 @@ class Attempt:
         """Pixels of the working grid that this try has predicted."""
         self.report = RunReport(
             slide_id=job.slide_id,
-            path=job.path,
+            path=job.redaction.text(job.path),
             job_id=job.job_id,
             model={"name": job.model_name, "sha256": job.model_digest},
             seconds=dict.fromkeys((*STAGES, "total"), 0.0),
@@ -117,6 +117,7 @@ class Attempt:
 
     def warn(self, code: str, message: str) -> None:
         """Note something the user should know though the slide goes on."""
+        message = self.job.redaction.text(message)
         warning = {"code": code, "stage": self.stage_name, "message": message}
         self.report.warnings.append(warning)
         self.log("warning", level="warning", code=code, message=message)
@@ -133,7 +134,7 @@ class Attempt:
             **details,
         }
         try:
-            append_event(self.job.log_path, line)
+            append_event(self.job.log_path, self.job.redaction.value(line))
         except OSError as problem:
             # A full disk must not keep the slide from ending with the right code.
             logger.warning("%s: no line could be logged: %s", self.job.slide_id, problem)
@@ -151,7 +152,8 @@ class Attempt:
 
     def close(self, status: Status, error: dict[str, str] | None = None) -> RunReport:
         """Write the report: the claim."""
-        report = self.report
+        report, redaction = self.report, self.job.redaction
+        error = redaction.value(error)
         report.status = status
         # A slide that is done carries its first warning's code where a failed one has its error.
         report.error = error or (
@@ -172,7 +174,7 @@ class Attempt:
             report.write(self.job.report_path)
         except (OSError, WsiPipelineError) as problem:
             code, message = _explain(problem)
-            message = f"the report could not be written: {message}"
+            message = f"the report could not be written: {redaction.text(message)}"
             report.status = "failed"
             report.error = error or {"code": code, "stage": "write", "message": message}
             logger.warning("%s: %s", self.job.slide_id, problem)
@@ -218,9 +220,9 @@ def refuse(job: SlideJob, error: Exception) -> RunReport:
     code, message = _explain(error)
     return RunReport(
         slide_id=job.slide_id,
-        path=job.path,
+        path=job.redaction.text(job.path),
         job_id="",
-        error={"code": code, "stage": "begin", "message": message},
+        error={"code": code, "stage": "begin", "message": job.redaction.text(message)},
         seconds=dict.fromkeys((*STAGES, "total"), 0.0),
     )
 

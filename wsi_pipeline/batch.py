@@ -20,6 +20,7 @@ from typing import Any
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import versions
+from wsi_pipeline.redaction import Redaction
 
 __all__ = [
     "SlideEntry",
@@ -140,6 +141,7 @@ def freeze_run(
     model: Mapping[str, str],
     options: Mapping[str, Any],
     overwrite: bool,
+    redaction: Redaction = Redaction(),  # noqa: B008 - it is frozen
 ) -> None:
     """Write ``run.json``, or check that this call belongs to the run that is there.
 
@@ -153,6 +155,7 @@ def freeze_run(
         model: ``name``, ``sha256``, and ``folder`` if it is not in the zoo.
         options: how it is run; they are noted, not compared.
         overwrite: the slides are done again, by whatever model.
+        redaction: takes the folders out of what is noted.
 
     Raises:
         JobError: the folder belongs to another model, and ``overwrite`` is not set or ``entries``
@@ -164,7 +167,7 @@ def freeze_run(
     slides = {slide["slide_id"]: slide for slide in (before or {}).get("slides", [])}
     slides.update({entry.slide_id: asdict(entry) for entry in entries})
     content = {
-        "slides": [slides[slide_id] for slide_id in sorted(slides)],
+        "slides": redaction.value([slides[slide_id] for slide_id in sorted(slides)]),
         "options": dict(options),
         "model": dict(model),
         "versions": versions(),
@@ -177,7 +180,9 @@ def freeze_run(
             if before is None:
                 _claim(beside, out / "run.json")
     except FileExistsError:  # another shard has just begun this run
-        freeze_run(out, entries, model=model, options=options, overwrite=overwrite)
+        freeze_run(
+            out, entries, model=model, options=options, overwrite=overwrite, redaction=redaction
+        )
 
 
 def read_run(out: Path) -> dict[str, Any] | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +16,7 @@ from typing import Literal
 import click
 
 from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.redaction import Redaction
 
 __all__ = [
     "EXIT_CTRL_C",
@@ -20,6 +25,7 @@ __all__ = [
     "EXIT_USAGE",
     "arithmetic_options",
     "exit_if_interrupted",
+    "log_to_stderr",
     "plain_errors",
     "signals",
 ]
@@ -75,13 +81,53 @@ def arithmetic_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Show our own errors, and those of files and folders, as a message and no traceback."""
+def plain_errors(redaction: Redaction = Redaction()) -> Iterator[None]:  # noqa: B008 - frozen
+    """Show our own errors, and those of files and folders, as a message and no traceback.
+
+    Args:
+        redaction: takes folders out of messages, and out of the traceback of any other error.
+    """
     try:
         yield
     except (WsiPipelineError, OSError, ValueError) as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(redaction.text(f"Error: {error}"), err=True)
         raise SystemExit(EXIT_USAGE) from error
+    except Exception as error:
+        if not redaction.folders:
+            raise
+        click.echo(redaction.text(traceback.format_exc()), err=True)
+        raise SystemExit(EXIT_FAILED) from error
+
+
+def log_to_stderr(*, verbose: bool, json_lines: bool = False, redaction: Redaction) -> None:
+    """Show what the library logs on the standard error.
+
+    Args:
+        verbose: progress, too, not only warnings.
+        json_lines: a JSON object a line.
+        redaction: takes folders out of it.
+    """
+    level = logging.INFO if verbose else logging.WARNING
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines(json_lines=json_lines, redaction=redaction))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(capture=json_lines or bool(redaction.folders))
+
+
+class _Lines(logging.Formatter):
+    """Log records as lines of text or JSON."""
+
+    def __init__(self, *, json_lines: bool, redaction: Redaction) -> None:
+        super().__init__(None if json_lines else logging.BASIC_FORMAT)
+        self._json = json_lines
+        self._redaction = redaction
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._redaction.text(super().format(record))
+        if not self._json:
+            return text
+        facts = {"level": record.levelname.lower(), "logger": record.name, "message": text}
+        return json.dumps({"event": "log", **facts})
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wsi_pipeline.durable import durable_file
+from wsi_pipeline.redaction import Redaction
 
 __all__ = [
     "STAGES",
@@ -59,6 +60,8 @@ class SlideJob:
     """Tissue mask given by the user."""
     keep_maps: bool = True
     """Whether the maps stay after the objects are written."""
+    redaction: Redaction = field(default_factory=Redaction, compare=False, repr=False)
+    """What reports and logs of the slide pass; tables and maps name no folder anyway."""
 
     @property
     def objects_path(self) -> Path:
