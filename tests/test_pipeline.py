@@ -16,10 +16,10 @@ from PIL import Image
 from scipy import ndimage
 
 from wsi_pipeline import pipeline
-from wsi_pipeline.attempt import deaths
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.engines import run_slides
 from wsi_pipeline.errors import OutOfMemoryError
+from wsi_pipeline.history import deaths
 from wsi_pipeline.job import SlideJob
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.store import PredictionBlock, PredictionStore, open_maps

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 
 import pytest
 from rich.console import Console
@@ -87,3 +88,24 @@ def test_bars_end_in_lines(job):
     watcher.finish(job, DONE, skipped=False)
     watcher.close()
     assert "z: done, 1,234 nucleus" in console.file.getvalue()
+
+
+def test_lines_of_several_threads_are_whole(job):
+    """Each line is one write, so those of other threads cannot get in between."""
+    written = []
+
+    class Stream:
+        def write(self, text):
+            written.append(text)
+
+        def flush(self):
+            pass
+
+    watcher = LineWatcher(100, json_lines=True, stream=Stream())
+    threads = [threading.Thread(target=watcher.start, args=[job]) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [json.loads(text)["event"] for text in written] == ["start"] * 20
+    assert all(text.endswith("}\n") for text in written)

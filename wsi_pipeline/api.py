@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from wsi_pipeline.attempt import deaths
 from wsi_pipeline.batch import (
     SlideEntry,
     collect_slides,
@@ -21,9 +20,11 @@ from wsi_pipeline.batch import (
 )
 from wsi_pipeline.engines import Only, Watcher, run_slides
 from wsi_pipeline.errors import JobError, ModelBundleError, WsiPipelineError
+from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.machine import available_cpus, peak_rss_mb
 from wsi_pipeline.memory import parse_size
+from wsi_pipeline.redaction import Redaction
 
 if TYPE_CHECKING:
     from wsi_pipeline.bundle import ModelBundle
@@ -48,8 +49,15 @@ class Plan:
     """The model."""
     keep_maps: bool
     """Whether maps stay after the objects are written."""
+    redaction: Redaction
+    """Takes the folders out of what is written; leaves all as it is if that was not asked for."""
     model_named: bool = True
     """Whether the model was asked for; else it is the folder's, or the default."""
+
+    def shown(self, entry: SlideEntry) -> SlideEntry:
+        """Return a slide as it may be written down."""
+        text = self.redaction.including(entry.path, entry.mask).text
+        return replace(entry, path=text(entry.path), mask=entry.mask and text(entry.mask))
 
     def with_bundle(self, bundle: ModelBundle) -> Plan:
         """Return the same plan for another model."""
@@ -70,6 +78,7 @@ def plan_run(
     keep_maps: bool = True,
     device: str = "auto",
     overwrite: bool = False,
+    redact_paths: bool = False,
 ) -> Plan:
     """Find the slides and the model, and say what is to be done; touches nothing.
 
@@ -97,6 +106,8 @@ def plan_run(
         bundle = _frozen_bundle(folder, overwrite=overwrite) or find_bundle(device=device)
     else:
         bundle = find_bundle(model)
+    named = (masks, bundle.path)
+    redaction = Redaction.of_run(slides, folder, named, wanted=redact_paths)
     jobs = tuple(
         SlideJob(
             path=entry.path,
@@ -107,6 +118,7 @@ def plan_run(
             mpp=entry.mpp,
             mask=Path(entry.mask) if entry.mask else None,
             keep_maps=keep_maps,
+            redaction=redaction.including(entry.path, entry.mask),
         )
         for entry in take_shard(entries, parse_shard(shard, os.environ))
     )
@@ -116,6 +128,7 @@ def plan_run(
         jobs=jobs,
         bundle=bundle,
         keep_maps=keep_maps,
+        redaction=redaction,
         model_named=model is not None,
     )
 
@@ -187,6 +200,7 @@ def run(
     overwrite: bool = False,
     retry_failed: bool = True,
     fail_fast: bool = False,
+    redact_paths: bool = False,
 ) -> list[RunReport]:
     """Turn slides into tables, as ``wsi-run`` does.
 
@@ -212,6 +226,8 @@ def run(
         overwrite: do finished slides again.
         retry_failed: try slides again that failed before.
         fail_fast: begin no further slide after one has failed.
+        redact_paths: write file names alone, never the folders they lie in, into reports, logs,
+            ``run.json`` and the summary. A folder that was begun so stays so.
 
     Returns:
         One report a slide of this shard; failed ones say why in ``error``.
@@ -230,6 +246,7 @@ def run(
         keep_maps=keep_maps,
         device=device,
         overwrite=overwrite,
+        redact_paths=redact_paths,
     )
     return execute(
         plan,
@@ -252,18 +269,20 @@ def _begin(
     """Load the network and put the run on record; the plan has the model that was agreed on."""
     from wsi_pipeline.inference import TorchPredictor
 
+    redacted = {"redact_paths": True} if plan.redaction.folders else {}
     while True:
         predictor = TorchPredictor.load(plan.bundle, **options) if network else None
         model = {"name": plan.bundle.name, "sha256": plan.bundle.digest}
-        if not plan.bundle.in_zoo:
+        if not plan.bundle.in_zoo and not plan.redaction.folders:
             model["folder"] = str(plan.bundle.path.absolute())
         try:
             freeze_run(
                 plan.out,
-                plan.entries,
-                options={**options, "keep_maps": plan.keep_maps},
+                [plan.shown(entry) for entry in plan.entries],
+                options={**options, "keep_maps": plan.keep_maps, **redacted},
                 model=model,
                 overwrite=overwrite,
+                redaction=plan.redaction,
             )
         except JobError:
             other = None if plan.model_named else _frozen_bundle(plan.out, overwrite=overwrite)

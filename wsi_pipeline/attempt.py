@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -15,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
 
 from wsi_pipeline.durable import FULL, disk_errors
 from wsi_pipeline.errors import DiskFullError, Interrupted, SlideBusyError, WsiPipelineError
+from wsi_pipeline.history import append_event, earlier_starts
 from wsi_pipeline.job import (
     STAGES,
     RunReport,
@@ -31,7 +30,7 @@ from wsi_pipeline.job import (
 from wsi_pipeline.lease import Lease
 from wsi_pipeline.machine import peak_rss_mb, release_memory
 
-__all__ = ["Attempt", "deaths", "record", "refuse"]
+__all__ = ["Attempt", "record", "refuse"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +55,15 @@ class Attempt:
         """Pixels of the working grid that this try has predicted."""
         self.report = RunReport(
             slide_id=job.slide_id,
-            path=job.path,
+            path=job.redaction.text(job.path),
             job_id=job.job_id,
             model={"name": job.model_name, "sha256": job.model_digest},
             seconds=dict.fromkeys((*STAGES, "total"), 0.0),
             versions=versions(),
             started=_now(),
             host=socket.gethostname(),
-            restarts=_earlier_starts(job),
+            pid=os.getpid(),
+            restarts=earlier_starts(job),
         )
         self._begun = time.perf_counter()
         self.log("start", job_id=job.job_id, slide=job.path)
@@ -118,6 +118,7 @@ class Attempt:
 
     def warn(self, code: str, message: str) -> None:
         """Note something the user should know though the slide goes on."""
+        message = self.job.redaction.text(message)
         warning = {"code": code, "stage": self.stage_name, "message": message}
         self.report.warnings.append(warning)
         self.log("warning", level="warning", code=code, message=message)
@@ -134,9 +135,7 @@ class Attempt:
             **details,
         }
         try:
-            self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with _open_log(self.job) as file:
-                file.write(json.dumps(line) + "\n")
+            append_event(self.job.log_path, self.job.redaction.value(line))
         except OSError as problem:
             # A full disk must not keep the slide from ending with the right code.
             logger.warning("%s: no line could be logged: %s", self.job.slide_id, problem)
@@ -154,7 +153,8 @@ class Attempt:
 
     def close(self, status: Status, error: dict[str, str] | None = None) -> RunReport:
         """Write the report: the claim."""
-        report = self.report
+        report, redaction = self.report, self.job.redaction
+        error = redaction.value(error)
         report.status = status
         # A slide that is done carries its first warning's code where a failed one has its error.
         report.error = error or (
@@ -175,7 +175,7 @@ class Attempt:
             report.write(self.job.report_path)
         except (OSError, WsiPipelineError) as problem:
             code, message = _explain(problem)
-            message = f"the report could not be written: {message}"
+            message = f"the report could not be written: {redaction.text(message)}"
             report.status = "failed"
             report.error = error or {"code": code, "stage": "write", "message": message}
             logger.warning("%s: %s", self.job.slide_id, problem)
@@ -220,9 +220,9 @@ def refuse(job: SlideJob, error: Exception) -> RunReport:
     code, message = _explain(error)
     return RunReport(
         slide_id=job.slide_id,
-        path=job.path,
+        path=job.redaction.text(job.path),
         job_id="",
-        error={"code": code, "stage": "begin", "message": message},
+        error={"code": code, "stage": "begin", "message": job.redaction.text(message)},
         seconds=dict.fromkeys((*STAGES, "total"), 0.0),
     )
 
@@ -238,63 +238,6 @@ def _explain(error: Exception) -> tuple[str, str]:
     if isinstance(error, RuntimeError) and "allocate memory" in str(error):
         return "out_of_memory", f"the host ran out of memory ({error}); use smaller tiles"
     return "internal", f"{type(error).__name__}: {error}"
-
-
-def deaths(job: SlideJob) -> int:
-    """Count the tries at this job, the last ones in a row, whose process was killed.
-
-    They left neither a word nor a finished block more than the try before.
-    """
-    died, finished, working = 0, 0, False
-    for event in _events(job):
-        if event.get("event") == "start":
-            if event.get("job_id") != job.job_id:
-                died, finished, working = 0, 0, False
-                continue
-            died, working = died + working, True
-        elif event.get("event") == "end":
-            died, working = 0, False
-        elif event.get("event") == "blocks" and event.get("done", 0) > finished:
-            # It came further than ever: the slide is not what kills.
-            finished, died = event["done"], 0
-    return died + working
-
-
-def _earlier_starts(job: SlideJob) -> int:
-    """Count the tries at this job since it was last done."""
-    starts = 0
-    for event in _events(job):
-        if event.get("event") == "start" and event.get("job_id") == job.job_id:
-            starts += 1
-        if event.get("event") == "end" and event.get("status") == "done":
-            starts = 0
-    return starts
-
-
-def _events(job: SlideJob) -> Iterator[dict[str, Any]]:
-    try:
-        text = job.log_path.read_text(errors="replace")
-    except OSError:
-        return
-    yield from map(_parsed, text.splitlines())
-
-
-def _open_log(job: SlideJob) -> TextIO:
-    """Open a log for adding to it; not through a link, which could lead to any file."""
-
-    def no_link(path: str, flags: int) -> int:
-        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-    return open(job.log_path, "a", opener=no_link)
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    """Return an event of a log; nothing where a kill tore the line."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}
 
 
 def _now() -> str:

@@ -21,6 +21,7 @@ from wsi_pipeline.durable import durable_file, sweep_shared
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import versions
 from wsi_pipeline.lease import alone
+from wsi_pipeline.redaction import Redaction
 
 __all__ = [
     "SlideEntry",
@@ -141,6 +142,7 @@ def freeze_run(
     model: Mapping[str, str],
     options: Mapping[str, Any],
     overwrite: bool,
+    redaction: Redaction = Redaction(),  # noqa: B008 - it is frozen
 ) -> None:
     """Write ``run.json``, or check that this call belongs to the run that is there.
 
@@ -154,42 +156,33 @@ def freeze_run(
         model: ``name``, ``sha256``, and ``folder`` if it is not in the zoo.
         options: how it is run; they are noted, not compared.
         overwrite: the slides are done again, by whatever model.
+        redaction: takes the folders out of what is noted.
 
     Raises:
         JobError: the folder belongs to another model, and ``overwrite`` is not set or ``entries``
             lack some of its slides.
     """
+
+    def merged(before: Mapping[str, Any] | None) -> dict[str, Any]:
+        if before is not None and before["model"]["sha256"] != model["sha256"]:
+            _require_all_again(out, before, entries, model, overwrite=overwrite)
+        slides = {slide["slide_id"]: slide for slide in (before or {}).get("slides", [])}
+        slides |= {entry.slide_id: asdict(entry) for entry in entries}
+        return {
+            "slides": redaction.value([slides[slide_id] for slide_id in sorted(slides)]),
+            "options": dict(options),
+            "model": dict(model),
+            "versions": versions(),
+        }
+
     before = read_run(out)
-    if before is not None and before == _merged_run(
-        out, before, entries, model, options, overwrite
-    ):
+    if before is not None and before == merged(before):
         return  # as for nearly every shard
     with alone(out / ".run.lease"):
         sweep_shared(out / "run.json")
-        content = _merged_run(out, read_run(out), entries, model, options, overwrite)
+        content = merged(read_run(out))
         with durable_file(out / "run.json") as beside:
             beside.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _merged_run(
-    out: Path,
-    before: Mapping[str, Any] | None,
-    entries: Sequence[SlideEntry],
-    model: Mapping[str, str],
-    options: Mapping[str, Any],
-    overwrite: bool,
-) -> dict[str, Any]:
-    """Return what ``run.json`` should say after what it says now."""
-    if before is not None and before["model"]["sha256"] != model["sha256"]:
-        _require_all_again(out, before, entries, model, overwrite=overwrite)
-    slides = {slide["slide_id"]: slide for slide in (before or {}).get("slides", [])}
-    slides.update({entry.slide_id: asdict(entry) for entry in entries})
-    return {
-        "slides": [slides[slide_id] for slide_id in sorted(slides)],
-        "options": dict(options),
-        "model": dict(model),
-        "versions": versions(),
-    }
 
 
 def read_run(out: Path) -> dict[str, Any] | None:

@@ -7,8 +7,6 @@ command again to go on.
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +19,19 @@ from wsi_pipeline.command import (
     EXIT_FAILED,
     arithmetic_options,
     exit_if_interrupted,
+    log_to_stderr,
     plain_errors,
     signals,
 )
 from wsi_pipeline.importing import import_results_command
 from wsi_pipeline.learning import evaluate_command, train_command
+from wsi_pipeline.redaction import Redaction
 from wsi_pipeline.watching import status_command, summary_command
 from wsi_pipeline.zoo import models_group
 
 if TYPE_CHECKING:
     from wsi_pipeline.api import Plan
+    from wsi_pipeline.exposition import ClosingWatcher, MetricsWatcher
     from wsi_pipeline.job import RunReport
     from wsi_pipeline.progress import BarWatcher, LineWatcher
 
@@ -118,6 +119,19 @@ def wsi() -> None:
     type=click.Choice(["text", "json"]),
     help="Form of the plain lines, and of what --dry-run lists.",
 )
+@click.option(
+    "--redact-paths",
+    is_flag=True,
+    help="Name files without the folders they lie in, in reports, logs, run.json, the summary and "
+    "on the terminal. A folder that was begun so stays so.",
+)
+@click.option(
+    "--metrics-file",
+    metavar="FILE.prom",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also keep counts of slides, seconds and objects there, for Prometheus' node_exporter; "
+    "one file a process.",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Also show what the library logs.")
 def run(
     slides: tuple[str, ...],
@@ -130,6 +144,8 @@ def run(
     dry_run: bool,
     progress: bool | None,
     log_format: str,
+    redact_paths: bool,
+    metrics_file: Path | None,
     verbose: bool,
     **how: Any,  # noqa: ANN401 - the options that api.execute takes, checked by click
 ) -> None:
@@ -141,10 +157,10 @@ def run(
     Exit codes: 0 all done; 1 some slide failed, all others were still done; 2 wrong use;
     75 interrupted, run the same command again; 130 Ctrl-C.
     """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, force=True
-    )
-    with plain_errors(), signals() as caught:
+    redaction = Redaction.of_run(slides, out, (model, mask_dir), wanted=redact_paths)
+    json_lines = log_format == "json"
+    log_to_stderr(verbose=verbose, json_lines=json_lines, redaction=redaction)
+    with plain_errors(redaction), signals() as caught:
         from wsi_pipeline.api import execute, plan_run
         from wsi_pipeline.machine import keep_freed_memory
         from wsi_pipeline.memory import parse_size
@@ -163,16 +179,19 @@ def run(
             keep_maps=keep_maps,
             device=how["device"],
             overwrite=how["overwrite"],
+            redact_paths=redact_paths,
         )
         if dry_run:
             _list_plan(plan, shard, json_lines=log_format == "json")
             return
-        watcher = _watcher(len(plan.jobs), bars=progress, json_lines=log_format == "json")
+        watcher: ClosingWatcher = _watcher(len(plan.jobs), bars=progress, json_lines=json_lines)
         try:
+            if metrics_file is not None:
+                watcher = _counting(watcher, metrics_file, plan, shard=shard, device=how["device"])
             reports = execute(plan, watcher=watcher, stop=lambda: bool(caught), **how)
         finally:
             watcher.close()
-        if log_format == "text":
+        if not json_lines:
             _print_end(reports, plan)
     exit_if_interrupted(caught)
     if any(not report.as_asked for report in reports):
@@ -255,6 +274,24 @@ def _watcher(total: int, *, bars: bool | None, json_lines: bool) -> BarWatcher |
     if bars or (bars is None and console.is_terminal and not json_lines):
         return BarWatcher(total, console)
     return LineWatcher(total, json_lines=json_lines)
+
+
+def _counting(
+    watcher: ClosingWatcher, path: Path, plan: Plan, *, shard: str | None, device: str
+) -> MetricsWatcher:
+    import os
+
+    from wsi_pipeline.batch import parse_shard
+    from wsi_pipeline.device import choose_device
+    from wsi_pipeline.exposition import MetricsWatcher
+
+    index, count = parse_shard(shard, os.environ)
+    labels = {
+        "shard": f"{index}/{count}",
+        "device": choose_device(device) if device == "auto" else device,
+        "model": plan.bundle.name,
+    }
+    return MetricsWatcher(watcher, path, planned=len(plan.jobs), labels=labels)
 
 
 def _print_end(reports: Sequence[RunReport], plan: Plan) -> None:

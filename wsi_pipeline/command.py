@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +16,7 @@ from typing import Literal
 import click
 
 from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.redaction import Redaction
 
 __all__ = [
     "EXIT_CTRL_C",
@@ -21,6 +25,7 @@ __all__ = [
     "EXIT_USAGE",
     "arithmetic_options",
     "exit_if_interrupted",
+    "log_to_stderr",
     "plain_errors",
     "signals",
 ]
@@ -76,28 +81,67 @@ def arithmetic_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def plain_errors(*, redact: bool = False) -> Iterator[None]:
+def plain_errors(
+    redaction: Redaction = Redaction(),  # noqa: B008 - frozen
+    *,
+    redact: bool = False,
+) -> Iterator[None]:
     """Show our own errors, and those of files and folders, as a message and no traceback.
 
     Args:
+        redaction: takes folders out of messages, and out of the traceback of any other error.
         redact: show the code alone, and nothing of what libraries log: they name files.
     """
     if redact:
         logging.disable()
-    # A traceback names files, too.
-    shown_errors = Exception if redact else (WsiPipelineError, OSError, ValueError)
     try:
         yield
-    except shown_errors as error:
-        shown = str(error)
+    except Exception as error:
+        ours = isinstance(error, WsiPipelineError | OSError | ValueError)
         if redact:
             code = error.code if isinstance(error, WsiPipelineError) else "internal"
-            shown = f"{code} (without --redact the message says more)"
-        click.echo(f"Error: {shown}", err=True)
-        raise SystemExit(EXIT_USAGE) from error
+            click.echo(f"Error: {code} (without --redact the message says more)", err=True)
+        elif ours:
+            click.echo(redaction.text(f"Error: {error}"), err=True)
+        elif redaction.folders:
+            click.echo(redaction.text(traceback.format_exc()), err=True)
+        else:
+            raise
+        raise SystemExit(EXIT_USAGE if ours else EXIT_FAILED) from error
     finally:
         if redact:
             logging.disable(logging.NOTSET)
+
+
+def log_to_stderr(*, verbose: bool, json_lines: bool = False, redaction: Redaction) -> None:
+    """Show what the library logs on the standard error.
+
+    Args:
+        verbose: progress, too, not only warnings.
+        json_lines: a JSON object a line.
+        redaction: takes folders out of it.
+    """
+    level = logging.INFO if verbose else logging.WARNING
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines(json_lines=json_lines, redaction=redaction))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(capture=json_lines or bool(redaction.folders))
+
+
+class _Lines(logging.Formatter):
+    """Log records as lines of text or JSON."""
+
+    def __init__(self, *, json_lines: bool, redaction: Redaction) -> None:
+        super().__init__(None if json_lines else logging.BASIC_FORMAT)
+        self._json = json_lines
+        self._redaction = redaction
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._redaction.text(super().format(record))
+        if not self._json:
+            return text
+        facts = {"level": record.levelname.lower(), "logger": record.name, "message": text}
+        return json.dumps({"event": "log", **facts})
 
 
 @contextmanager

@@ -1,20 +1,22 @@
-"""Plain words about files and folders: what they are, and what a run would do."""
+"""Plain words about files and folders: what they are, how far a run is, what it would do."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from wsi_pipeline import redacted
 from wsi_pipeline.api import Plan
 from wsi_pipeline.batch import parse_shard
-from wsi_pipeline.cohort import state_of
+from wsi_pipeline.cohort import Cohort, SlideState, describe_totals, state_of
 from wsi_pipeline.errors import JobError, WsiPipelineError
 from wsi_pipeline.job import SlideJob, finished_report
+from wsi_pipeline.pace import Pace, duration
 
-__all__ = ["describe_file", "plan_lines"]
+__all__ = ["describe_file", "plan_lines", "state_line", "status_document", "status_lines"]
 
 
 def plan_lines(plan: Plan, shard: str | None, *, json_lines: bool = False) -> Iterator[str]:
@@ -61,6 +63,76 @@ def _planned(job: SlideJob) -> dict[str, Any]:
         facts["error"] = {"code": error.code, "message": str(error)}
     facts["state"] = "done" if finished_report(job) else state_of(job).state
     return facts
+
+
+def status_lines(cohort: Cohort, pace: Pace, *, brief: bool = False) -> Iterator[str]:
+    """Describe how far a run is: a line a slide, then totals and pace.
+
+    Args:
+        cohort: the run.
+        pace: how fast it goes.
+        brief: leave out the slides that are done or not begun.
+    """
+    for own in cohort.states:
+        if not brief or own.state not in ("done", "missing"):
+            yield state_line(own, cohort)
+    yield describe_totals(cohort.totals)
+    if cohort.local_clock:
+        yield (
+            "nothing can be written in the folder: signs of life are dated by this machine's "
+            "clock, so if it is wrong, so is who counts as alive"
+        )
+    yield from _pace_lines(pace)
+
+
+def state_line(own: SlideState, cohort: Cohort) -> str:
+    """Describe how far one slide is, with the age of what is known."""
+    parts = [own.reason] if own.reason else []
+    if own.holder is not None:
+        age = f"{cohort.age_s(own):.0f} s"
+        facts = own.holder.facts
+        share = "" if own.fraction is None else f" {own.fraction:.0%}"
+        stage = f"{facts.get('stage', 'open')}{share}"
+        spent = facts.get("for_s")
+        if isinstance(spent, int | float):
+            stage += f" after {duration(spent)}"
+        alive = own.state == "running"
+        parts += [stage, f"last sign of life {age} ago" if alive else f"no sign of life for {age}"]
+    return "\t".join([own.slide_id, own.state, *([", ".join(parts)] if parts else [])])
+
+
+def status_document(cohort: Cohort, pace: Pace) -> dict[str, Any]:
+    """Return how far a run is, for machines."""
+    slides = []
+    for own in cohort.states:
+        slide: dict[str, Any] = {"slide_id": own.slide_id, "state": own.state, "reason": own.reason}
+        if own.holder is not None:
+            names = ("host", "pid", "job", "stage", "done", "total", "for_s")
+            slide |= {name: own.holder.facts.get(name) for name in names}
+            slide["last_sign_of_life_s"] = round(cohort.age_s(own), 1)
+        slides.append(slide)
+    return {
+        "slides": slides,
+        "totals": cohort.totals,
+        "pace": asdict(pace),
+        "model": dict(cohort.model),
+        "local_clock": cohort.local_clock,
+    }
+
+
+def _pace_lines(pace: Pace) -> Iterator[str]:
+    if pace.slides_per_h is not None and pace.mm2_per_h is not None:
+        yield (
+            f"pace: {pace.slides_per_h:.3g} slides/h, {pace.mm2_per_h:.3g} mm2/h; in the last hour "
+            f"{pace.slides_per_h_lately or 0:.3g} slides/h, {pace.mm2_per_h_lately or 0:.3g} mm2/h"
+        )
+    if pace.device_busy is not None:
+        yield f"devices: busy {pace.device_busy:.0%} of the time in which slides were in work"
+    if pace.left_s is not None:
+        yield (
+            f"about {duration(pace.left_s)} left with {pace.workers} at work "
+            f"(by the {pace.left_by} that are left)"
+        )
 
 
 def describe_file(name: str, *, mpp: float | None = None, redact: bool = False) -> list[str]:

@@ -11,6 +11,7 @@ from wsi_pipeline.machine import available_cpus
 
 __all__ = [
     "DTYPES",
+    "DeviceSpan",
     "auto_batch",
     "auto_workers",
     "choose_device",
@@ -96,3 +97,24 @@ def _cpu_has_bf16() -> bool:
     except OSError:  # not Linux: fp32 is slower there, never wrong
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class DeviceSpan:
+    """The time that a CUDA device works on a batch, by its own clock.
+
+    The first event passes when all that was queued before is done, so spans do not overlap.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._stream = torch.cuda.current_stream(device)
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._begin.record(self._stream)
+
+    def end(self) -> None:
+        """Mark the last of the work as queued."""
+        self._end.record(self._stream)
+
+    def wait_s(self) -> float:
+        """Wait for the end of the work and return how long it took."""
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) / 1e3

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -25,6 +26,7 @@ from wsi_pipeline.blocks import INPUT_MULTIPLE, cropped, enlarged, fold_batch_no
 from wsi_pipeline.bundle import ModelBundle
 from wsi_pipeline.device import (
     DTYPES,
+    DeviceSpan,
     auto_batch,
     auto_workers,
     choose_device,
@@ -78,6 +80,8 @@ class TorchPredictor:
             workers: threads that read.
             extractors: threads that extract objects from the maps, for whoever does.
             canvas_bytes: of the canvases that the slide is decoded into.
+
+        ``busy_s`` counts the seconds in which the network has run.
         """
         self.spec = spec
         self.device = device
@@ -88,6 +92,7 @@ class TorchPredictor:
         self.workers = workers
         self.extractors = extractors
         self.canvas_bytes = canvas_bytes
+        self.busy_s = 0.0
         # Tiles the device takes at once; out-of-memory halves it. A CPU gains nothing by more
         # than one, and its kernels round differently by the number.
         self._limit = 1 if device == "cpu" else batch_size
@@ -203,7 +208,7 @@ class TorchPredictor:
         # On a GPU the next batch is queued before the last one's maps are waited for.
         depth = 1 if self.device.startswith("cuda") else 0
         warned = False
-        running: deque[tuple[Batch, dict[str, Tensor], torch.cuda.Event | None]] = deque()
+        running: deque[tuple[Batch, dict[str, Tensor], DeviceSpan | None]] = deque()
         with Feeder(slide, tiles, self.batch_size, self.workers, pin=depth > 0) as batches:
             for batch in batches:
                 if stop():
@@ -217,8 +222,10 @@ class TorchPredictor:
             while running and not stop():
                 yield from self._collect(*running.popleft())
 
-    def _launch(self, batch: Batch) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """Start the work for a batch; the maps are complete when the event has passed."""
+    def _launch(self, batch: Batch) -> tuple[dict[str, Tensor], DeviceSpan | None]:
+        """Start the work for a batch; the maps are complete when the span's end has passed."""
+        span = DeviceSpan(self.device) if self.device.startswith("cuda") else None
+        begun = time.perf_counter()
         while True:
             try:
                 parts = [
@@ -243,17 +250,18 @@ class TorchPredictor:
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
         maps = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        if not self.device.startswith("cuda"):
-            return {key: map_.cpu() for key, map_ in maps.items()}, None
+        if span is None:
+            host = {key: map_.cpu() for key, map_ in maps.items()}
+            self.busy_s += time.perf_counter() - begun
+            return host, None
         host = {
             key: torch.empty(map_.shape, dtype=map_.dtype, pin_memory=True).copy_(
                 map_, non_blocking=True
             )
             for key, map_ in maps.items()
         }
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(self.device))
-        return host, done
+        span.end()
+        return host, span
 
     @property
     def _can_halve_pieces(self) -> bool:
@@ -342,10 +350,10 @@ class TorchPredictor:
         return maps
 
     def _collect(
-        self, batch: Batch, maps: dict[str, Tensor], done: torch.cuda.Event | None
+        self, batch: Batch, maps: dict[str, Tensor], span: DeviceSpan | None
     ) -> Iterator[PredictionBlock]:
-        if done is not None:
-            done.synchronize()
+        if span is not None:
+            self.busy_s += span.wait_s()
         for index, tile in enumerate(batch.tiles):
             arrays = {}
             for head in self.spec.heads:

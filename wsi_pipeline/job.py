@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import JobError
+from wsi_pipeline.redaction import Redaction
 
 __all__ = [
     "STAGES",
@@ -60,6 +61,8 @@ class SlideJob:
     """Tissue mask given by the user."""
     keep_maps: bool = True
     """Whether the maps stay after the objects are written."""
+    redaction: Redaction = field(default_factory=Redaction, compare=False, repr=False)
+    """What reports and logs of the slide pass; tables and maps name no folder anyway."""
 
     def __post_init__(self) -> None:
         # Every path below is made of it. A list is checked with better words (batch); this is
@@ -144,6 +147,10 @@ class RunReport:
     finished: str = ""
     host: str = ""
     restarts: int = 0
+    pid: int = 0
+    """Number of the process on ``host``."""
+    device_busy_s: float | None = None
+    """Seconds in which the network ran on its device; None where no network was asked for."""
     left: str = ""
     """What was left to another run on purpose: ``objects``, after ``--only maps``."""
 

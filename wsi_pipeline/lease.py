@@ -48,8 +48,8 @@ class Holder:
     """The process that holds a lease, as its file tells."""
 
     facts: Mapping[str, Any]
-    """``host``, ``machine``, ``pid``, ``born``, ``job``, ``restart``, ``since``, ``stage``,
-    ``done``, ``total``."""
+    """``host``, ``machine``, ``pid``, ``born``, ``job``, ``restart``, ``since``, ``for_s``,
+    ``stage``, ``done``, ``total``."""
     beat: float
     """When it was last alive, in seconds of the file system's clock."""
 
@@ -86,6 +86,7 @@ class Lease:
         self._descriptor = descriptor
         self._inode = os.fstat(descriptor).st_ino
         self._facts = _own_facts()
+        self._begun = time.monotonic()
         self._ended = threading.Event()
         self._writing = threading.Lock()
         self._lost = False
@@ -147,7 +148,8 @@ class Lease:
                 self._write()
 
     def _write(self) -> None:
-        text = json.dumps(self._facts)
+        # How long, rather than since when: who watches need not trust this machine's clock.
+        text = json.dumps({**self._facts, "for_s": round(time.monotonic() - self._begun, 1)})
         os.pwrite(self._descriptor, text.encode().ljust(_BYTES - 1)[: _BYTES - 1] + b"\n", 0)
 
     def _is_ours(self) -> bool:

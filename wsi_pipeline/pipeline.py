@@ -122,7 +122,7 @@ def predict(
             warn=attempt.warn,
         )
         with draft.beside() if beside else nullcontext():
-            with closing(filling):
+            with closing(filling), _measured(attempt, predictor):
                 for number, tile in enumerate(filling, start=done + 1):
                     attempt.predicted_px += tile.write.area
                     advance("predict", number, total)
@@ -202,6 +202,19 @@ def _opened(attempt: Attempt) -> Iterator[tuple[Slide, TissueMask]]:
         with attempt.stage("tissue"):
             tissue = _find_tissue(attempt, slide)
         yield slide, tissue
+
+
+@contextmanager
+def _measured(attempt: Attempt, predictor: Predictor) -> Iterator[None]:
+    """Note how long the network runs, however that ends."""
+    # What stands in for a network need not measure itself.
+    before: float | None = getattr(predictor, "busy_s", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            busy_s = getattr(predictor, "busy_s", before) - before
+            attempt.report.device_busy_s = round(busy_s, 3)
 
 
 def _draft(

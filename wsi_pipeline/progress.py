@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wsi_pipeline.job import RunReport, SlideJob
+from wsi_pipeline.pace import duration
 
 __all__ = ["BarWatcher", "LineWatcher", "describe", "final_table"]
 
@@ -78,7 +79,7 @@ class LineWatcher:
         left = each * (self._total - ended) if self._worked else 0.0
         self._say(
             f"[{ended}/{self._total}] {describe(report, skipped=skipped)}"
-            + (f", about {_duration(left)} left" if left else ""),
+            + (f", about {duration(left)} left" if left else ""),
             event="end",
             slide_id=job.slide_id,
             status=report.status,
@@ -93,8 +94,10 @@ class LineWatcher:
         """Nothing to tidy up."""
 
     def _say(self, text: str, **facts: object) -> None:
-        self._stream.write((json.dumps(facts) if self._json else text) + "\n")
-        self._stream.flush()
+        line = (json.dumps(facts) if self._json else text) + "\n"
+        with self._lock:  # lines of several threads must not mix
+            self._stream.write(line)
+            self._stream.flush()
 
 
 class BarWatcher:
@@ -178,11 +181,3 @@ def final_table(reports: Sequence[RunReport]) -> Group:
         )
     reasons = [Text(f"{r.slide_id}: {r.reason}") for r in ordered if r.reason]
     return Group(table, *reasons)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -137,7 +137,7 @@ def _measured(report: RunReport, kinds: Sequence[str]) -> dict[str, Any]:
         **{f"seconds_{stage}": report.seconds.get(stage) for stage in (*STAGES, "total")},
         "mm2_per_s": report.throughput.get("mm2_per_s"),
         "mpx_per_s": report.throughput.get("mpx_per_s"),
-        "device_busy_s": report.throughput.get("device_busy_s"),
+        "device_busy_s": report.device_busy_s,
         "bottleneck": report.bottleneck,
         "peak_rss_mb": report.peak_rss_mb,
         "device": report.device,

@@ -13,10 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from wsi_pipeline.attempt import Attempt, deaths, record, refuse
+from wsi_pipeline.attempt import Attempt, record, refuse
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
 from wsi_pipeline.errors import SlideBusyError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
+from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
 from wsi_pipeline.pipeline import Predicted, polygonize, predict, reopen
 
@@ -283,5 +284,6 @@ def _clear(job: SlideJob, *, maps: bool) -> None:
         job.maps_path,
         job.report_path,
         job.lease_path,
+        job.log_path,
     ):
         sweep(path)
