@@ -290,11 +290,13 @@ class Cohort:
             path.write_text(text.format(python=sys.executable, vault=self.vault, seconds=seconds))
             path.chmod(0o755)
 
-    def start(self, *options, disk="10M", run=None):
+    def words(self, *options, disk="10M", run=None):
         words = [self.manifest, "--slides", self.slides, "--out", self.out, "--disk", disk]
         words += ["--download", f"{self.folder}/client download --dir {{dir}} {{id}}"]
-        words += ["--wsi-run", run or f"{self.folder}/run", "--wait", "0.05", *options]
-        command = [sys.executable, FOLDER / "window.py", *map(str, words)]
+        return [*words, "--wsi-run", run or f"{self.folder}/run", "--wait", "0.05", *options]
+
+    def start(self, *options, **how):
+        command = [sys.executable, FOLDER / "window.py", *map(str, self.words(*options, **how))]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def call(self, *options, **how):
@@ -427,6 +429,31 @@ def test_wrong_use_is_told_before_or_as_soon_as_it_is_known(tmp_path):
         code, told = cohort.call(*options, **how)
         assert code == 2
         assert says in told
+
+
+def test_an_array_task_takes_its_manifest_and_goes_back_into_the_queue(tmp_path):
+    cohort = Cohort(tmp_path, [b"good one"], seconds=30)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/requeued; exit 1\n')
+    (tools / "scontrol").chmod(0o755)
+    words = [tmp_path, *cohort.words()[1:]]
+    process = subprocess.Popen(
+        ["bash", FOLDER / "window.sbatch", *map(str, words)],
+        env={
+            **os.environ,
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "SLURM_ARRAY_JOB_ID": "5",
+            "SLURM_ARRAY_TASK_ID": "7",  # the manifest is 007.txt
+            "WSI_WINDOW_DIR": str(FOLDER),
+        },
+    )
+    until(lambda: (cohort.out / "calls").exists())
+    time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 5_7\n"
+    assert (cohort.out / "signals").read_text() == str(int(signal.SIGUSR1))
 
 
 def test_real_slides_through_a_window_that_holds_one(tmp_path):
