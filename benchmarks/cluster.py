@@ -7,9 +7,10 @@
 
 munged, slurmctld and slurmd run in the foreground as children of this process, with ports, keys
 and state of their own, so several clusters may run beside each other. Nothing outside ``folder``
-is touched, except with ``default=True``. CPUs and GPUs are pretended: a task gets what it asked for
-in its environment, and nothing holds it to that. Debian and Ubuntu have the programs in the packages
-slurmctld, slurmd, slurm-client and munge; Slurm 22.05 to 25 take this configuration.
+is touched, except with ``default=True``. CPUs and GPUs are pretended: a task gets what it asked
+for in its environment, and nothing holds it to that; memory is not counted. Only root can pretend
+GPUs. The programs are in Debian's and Ubuntu's packages slurmctld, slurmd, slurm-client and munge;
+tried with Slurm 22.05.
 
     python -m benchmarks.cluster FOLDER [--cpus N] [--gpus N]
 
@@ -237,7 +238,7 @@ class Cluster:
     def start_controller(self) -> None:
         """Start slurmctld from the state on disk, and wait until it answers."""
         self._spawn("slurmctld", "-D", "-f", str(self.conf))
-        self._until_up("slurmctld", lambda: "is UP" in self.command("scontrol", "ping", check=False))
+        self._until_up("slurmctld", self._controller_is_up)
 
     def kill_node(self) -> None:
         """Kill slurmd and every process of every job at once, as a power cut does."""
@@ -292,9 +293,10 @@ class Cluster:
         return int(out.strip().partition(";")[0])
 
     def tasks(self, *jobs: int) -> list[Task]:
-        """Return what Slurm knows of jobs and of all tasks of arrays; of all jobs if none is named."""
+        """Return what Slurm knows of jobs and of all tasks of arrays; without a name, of all."""
         found = []
-        for line in self.command("scontrol", "--oneliner", "show", "job", check=False).splitlines():
+        told = self.command("scontrol", "--oneliner", "show", "job", check=False)
+        for line in told.splitlines():
             found.extend(task for task in _parse(line) if not jobs or task.job in jobs)
         return sorted(found, key=lambda task: (task.job, -1 if task.index is None else task.index))
 
@@ -304,7 +306,11 @@ class Cluster:
         Raises:
             TimeoutError: they have not ended in time.
         """
-        return self.until(lambda tasks: all(task.ended for task in tasks), *jobs, timeout_s=timeout_s)
+
+        def ended(tasks: Sequence[Task]) -> bool:
+            return all(task.ended for task in tasks)
+
+        return self.until(ended, *jobs, timeout_s=timeout_s)
 
     def until(
         self, holds: Callable[[Sequence[Task]], bool], *jobs: int, timeout_s: float = 60.0
@@ -413,6 +419,9 @@ class Cluster:
 
     def _update_node(self, *facts: str) -> None:
         self.command("scontrol", "update", f"NodeName={_host()}", *facts, check=False)
+
+    def _controller_is_up(self) -> bool:
+        return "is UP" in self.command("scontrol", "ping", check=False)
 
     def _node_is_up(self) -> bool:
         states = self.command("sinfo", "--noheader", "--format=%T", check=False).split()

@@ -106,11 +106,14 @@ def test_sweep_finds_what_a_killed_process_leaves(tmp_path):
 def test_of_a_shared_file_only_what_ended_processes_left_goes(tmp_path):
     here, dead = socket.gethostname(), 2**22 + 1
     keep = [
-        f".run.json~{here}.{os.getpid()}.partial",
-        f".run.json~elsewhere.{dead}.partial",
-        f".a.json~{here}.{dead}.partial",
+        f".run.json~{here}.{os.getpid()}.0123abcd.partial",
+        f".run.json~elsewhere.{dead}.0123abcd.partial",
+        f".a.json~{here}.{dead}.0123abcd.partial",
     ]
-    left = [f".run.json~{here}.{dead}.partial", f".run.json~elsewhere.{dead + 1}.partial"]
+    left = [
+        f".run.json~{here}.{dead}.0123abcd.partial",
+        f".run.json~elsewhere.{dead + 1}.0123abcd.partial",
+    ]
     for name in keep + left:
         (tmp_path / name).touch()
     os.utime(tmp_path / left[1], (0, 0))

@@ -20,7 +20,7 @@ from wsi_pipeline.batch import (
     take_shard,
 )
 from wsi_pipeline.engines import Only, Watcher, run_slides
-from wsi_pipeline.errors import JobError, ModelBundleError
+from wsi_pipeline.errors import JobError, ModelBundleError, WsiPipelineError
 from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.machine import available_cpus, peak_rss_mb
 from wsi_pipeline.memory import parse_size
@@ -162,6 +162,8 @@ def execute(
     )
     if memory is not None and peak_rss_mb() * (1 << 20) > parse_size(memory):
         log.warning("the run held %.0f MiB, more than --memory %s", peak_rss_mb(), memory)
+    if len(plan.jobs) == len(plan.entries) and not stop():
+        _summarize(plan.out)
     place = {job.slide_id: number for number, job in enumerate(plan.jobs)}
     return sorted(reports, key=lambda report: place[report.slide_id])
 
@@ -272,6 +274,18 @@ def _begin(
             plan = plan.with_bundle(other)
         else:
             return plan, predictor
+
+
+def _summarize(out: Path) -> None:
+    """Write the summary of a run that is not one of several shards, which whoever gathers does."""
+    from wsi_pipeline.cohort import read_cohort
+    from wsi_pipeline.summary import write_summary
+
+    try:
+        write_summary(read_cohort(out))
+    except (OSError, WsiPipelineError) as error:
+        # The slides are done, and `wsi summary` makes up for it.
+        log.warning("no summary could be written: %s", error)
 
 
 def _frozen_bundle(out: Path, *, overwrite: bool) -> ModelBundle | None:

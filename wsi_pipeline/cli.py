@@ -25,6 +25,7 @@ from wsi_pipeline.command import (
     signals,
 )
 from wsi_pipeline.learning import evaluate_command, train_command
+from wsi_pipeline.watching import status_command, summary_command
 from wsi_pipeline.zoo import models_group
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def wsi() -> None:
     default="text",
     show_default=True,
     type=click.Choice(["text", "json"]),
-    help="Form of the plain lines.",
+    help="Form of the plain lines, and of what --dry-run lists.",
 )
 @click.option("--verbose", "-v", is_flag=True, help="Also show what the library logs.")
 def run(
@@ -145,9 +146,12 @@ def run(
     with plain_errors(), signals() as caught:
         from wsi_pipeline.api import execute, plan_run
         from wsi_pipeline.machine import keep_freed_memory
+        from wsi_pipeline.memory import parse_size
 
         if how["memory"] is None:
             keep_freed_memory()  # faster, at some hundreds of megabytes
+        else:
+            parse_size(how["memory"])  # wrong use is told before a slide is looked for
         plan = plan_run(
             slides,
             out,
@@ -160,7 +164,7 @@ def run(
             overwrite=how["overwrite"],
         )
         if dry_run:
-            _list_plan(plan, shard)
+            _list_plan(plan, shard, json_lines=log_format == "json")
             return
         watcher = _watcher(len(plan.jobs), bars=progress, json_lines=log_format == "json")
         try:
@@ -180,23 +184,8 @@ wsi.add_command(evaluate_command)
 wsi.add_command(models_group)
 wsi.add_command(annotate_command)
 wsi.add_command(bench_command)
-
-
-@wsi.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def status(folder: Path) -> None:
-    """Say of each slide of a run in FOLDER whether it is done, failed, interrupted or missing."""
-    from wsi_pipeline.describe import slide_states
-
-    with plain_errors():
-        states = slide_states(folder)
-    for state in states:
-        click.echo(f"{state.slide_id}\t{state.state}" + (f"\t{state.reason}" * bool(state.reason)))
-    totals = {
-        name: sum(s.state == name for s in states)
-        for name in ("done", "failed", "interrupted", "missing")
-    }
-    click.echo(f"{len(states)} slides: " + ", ".join(f"{n} {name}" for name, n in totals.items()))
+wsi.add_command(status_command)
+wsi.add_command(summary_command)
 
 
 @wsi.command()
@@ -278,10 +267,10 @@ def _print_end(reports: Sequence[RunReport], plan: Plan) -> None:
     click.echo(f"model {', '.join(sorted(ran))}", err=True)
 
 
-def _list_plan(plan: Plan, shard: str | None) -> None:
+def _list_plan(plan: Plan, shard: str | None, *, json_lines: bool) -> None:
     from wsi_pipeline.describe import plan_lines
 
-    for line in plan_lines(plan, shard):
+    for line in plan_lines(plan, shard, json_lines=json_lines):
         click.echo(line)
 
 

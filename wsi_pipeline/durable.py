@@ -52,7 +52,9 @@ def durable_file(path: Path) -> Iterator[Path]:
     under the final name, and goes on; "no space left" becomes :class:`DiskFullError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}~{socket.gethostname()}.{os.getpid()}.partial")
+    # Unique among threads and containers, too, which may share the numbers of processes.
+    own = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    beside = path.with_name(f".{path.name}~{own}.partial")
     try:
         with disk_errors(path):
             yield beside
@@ -87,7 +89,7 @@ def sweep_shared(path: Path) -> None:
     """
     if not path.parent.is_dir():
         return
-    unfinished = re.compile(rf"\.{re.escape(path.name)}~([^~]+)\.(\d+)\.partial")
+    unfinished = re.compile(rf"\.{re.escape(path.name)}~([^~]+)\.(\d+)\.\w{{8}}\.partial")
     for beside in path.parent.iterdir():
         match = unfinished.fullmatch(beside.name)
         if match is None:

@@ -1,0 +1,355 @@
+"""The Slurm workflow on a real cluster: slurmctld, slurmd and munge, started by the tests.
+
+Twenty slides go through an array while one thing after another happens to it; in the end every
+good slide is done exactly once, with the bytes of a run that nothing happened to.
+"""
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from benchmarks.cluster import URGENT, Cluster, missing_programs
+from wsi_pipeline.cli import wsi
+from wsi_pipeline.synth import write_slide
+
+SLURM = Path(__file__).parents[1] / "workflows" / "slurm"
+BIN = Path(sys.executable).parent
+RUN = ("--model", "stain-baseline", "--device", "cpu", "--workers", "1", "--tile-size", "256")
+SLIDES, BAD = 20, "s09"
+TASKS, AT_ONCE = 5, 2
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PATH": os.pathsep.join((str(BIN), os.environ["PATH"])),
+    "WSI_MAX_RESTARTS": "12",
+}
+HAS_SUMMARY = "summary" in wsi.commands
+"""Whether `wsi summary` is there; else a stand-in is."""
+
+pytestmark = pytest.mark.skipif(
+    bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"
+)
+
+STAND_IN_SUMMARY = """#!/bin/bash
+[ "$1" = summary ] || exec {wsi} "$@"
+exec {python} - "$2" <<'END'
+import csv, json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+listed = json.loads((out / "run.json").read_text())["slides"]
+reports = [json.loads(p.read_text()) for p in sorted((out / "reports").glob("*.json"))]
+with open(out / "summary.csv", "w") as file:
+    rows = csv.writer(file)
+    rows.writerow(["slide_id", "status"])
+    rows.writerows([r["slide_id"], r["status"]] for r in reports)
+sys.exit(sum(r["status"] == "done" for r in reports) < len(listed))
+END
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cluster")
+    with Cluster(folder, cpus=4, max_array=64) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    if HAS_SUMMARY:
+        return ENVIRONMENT
+    folder = tmp_path_factory.mktemp("bin")
+    program(folder / "wsi", STAND_IN_SUMMARY.format(wsi=BIN / "wsi", python=sys.executable))
+    return {**ENVIRONMENT, "PATH": os.pathsep.join((str(folder), ENVIRONMENT["PATH"]))}
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """A cohort of four sights; one slide is no slide."""
+    folder = tmp_path_factory.mktemp("cohort") / "my slides"
+    folder.mkdir()
+    for number in range(SLIDES):
+        path = folder / f"s{number:02}.svs"
+        if path.stem == BAD:
+            path.write_bytes(b"no slide at all" * 200)
+        elif number < 4:
+            write_slide(path, width=700, height=600, mpp=0.5, seed=number, truth=False)
+        else:
+            shutil.copy(folder / f"s{number % 4:02}.svs", path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def beginning(slides, tmp_path_factory):
+    """An undisturbed run of the same slides in one process, on its way."""
+    out = tmp_path_factory.mktemp("quiet")
+    call = [BIN / "wsi-run", slides, "--out", out, "--no-progress", *RUN]
+    with open(out / "said", "w") as said:
+        process = subprocess.Popen(call, env={**os.environ, **ENVIRONMENT}, stderr=said)
+    yield out, process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def quiet(beginning):
+    """What an undisturbed run made of the slides."""
+    out, process = beginning
+    assert process.wait(200) == 1, (out / "said").read_text()  # the bad slide
+    return out
+
+
+def program(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def submit(cluster, environment, *arguments, cwd=None):
+    """Call workflows/slurm/submit; return its exit code, what it says, and its jobs by kind."""
+    done = subprocess.run(
+        [sys.executable, SLURM / "submit", *map(str, arguments)],
+        env={**os.environ, **cluster.environment, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    words = [line.split() for line in done.stdout.splitlines()]
+    jobs = {w[0]: int(w[1]) for w in words if len(w) > 1 and w[0] in ("array", "objects", "gather")}
+    return done.returncode, done.stdout + done.stderr, jobs
+
+
+def events(out, slide_id, event):
+    lines = (out / "logs" / f"{slide_id}.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == event]
+
+
+def digests(out, folder="objects"):
+    files = sorted((out / folder).glob("*.parquet"))
+    return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def reports(out):
+    files = sorted((out / "reports").glob("*.json"))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def unfinished(out):
+    return [path for path in out.rglob("*") if path.name.endswith(".partial")]
+
+
+def blocks(store):
+    """Return the files of blocks that are marked as finished, with their inodes."""
+    marks = zarr.open_array(store / "blocks", mode="r")[:]
+    files = store / "nuclei" / "prob" / "c" / "0"
+    return {(y, x): (files / f"{y}/{x}").stat().st_ino for y, x in np.argwhere(marks).tolist()}
+
+
+@dataclass(kw_only=True)
+class Caught:
+    """A worker held in the middle of a slide."""
+
+    slide_id: str
+    pid: int
+    task: int
+    blocks: dict
+
+    def has_pending(self, number):
+        """Whether a signal waits for the worker to go on."""
+        status = dict(
+            line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        )
+        return bool(int(status["ShdPnd"], 16) >> (number - 1) & 1)
+
+    def go_on(self):
+        os.kill(self.pid, signal.SIGCONT)
+
+
+@dataclass
+class Disturbed:
+    """A run to which things happened."""
+
+    out: Path
+    jobs: dict
+    tasks: list
+    caught: dict = field(default_factory=dict)
+    most_at_once: int = 0
+
+
+def catch(cluster, out, job, timeout_s=60):
+    """Stop a worker that has written some blocks of a slide and not all, and return it."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        for store in (out / "maps").glob(".*.zarr.partial"):
+            slide_id = store.name.removeprefix(".").removesuffix(".zarr.partial")
+            caught = hold(cluster, out, store, slide_id)
+            if caught is not None:
+                return caught
+        if int(time.monotonic() * 50) % 10 == 0:  # between, requeued tasks are let go
+            cluster.nudge(cluster.tasks(job))
+        time.sleep(0.02)
+    raise TimeoutError("no worker was in the middle of a slide")
+
+
+def hold(cluster, out, store, slide_id):
+    """Stop the worker of an unfinished store; None if it has none, or no block yet."""
+    try:
+        pid = events(out, slide_id, "start")[-1]["pid"]
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if f"SLURM_CONF={cluster.conf}".encode() not in variables or not blocks(store):
+            return None  # somebody else's: the worker of this slide is gone
+        os.kill(pid, signal.SIGSTOP)
+    except (OSError, LookupError):
+        return None
+    task = next(int(v[20:]) for v in variables if v.startswith(b"SLURM_ARRAY_TASK_ID="))
+    if store.exists():
+        return Caught(slide_id=slide_id, pid=pid, task=task, blocks=blocks(store))
+    os.kill(pid, signal.SIGCONT)
+    return None
+
+
+def pending(caught, cluster, job):
+    """Wait until the request to stop has come to a worker, and let it go on."""
+    cluster.until(lambda _: caught.has_pending(signal.SIGUSR1), job, timeout_s=100)
+    caught.go_on()
+
+
+@pytest.fixture(scope="module")
+def disturbed(cluster, environment, slides, beginning, tmp_path_factory):
+    """Submit the cohort, and let one thing after another happen to it."""
+    home = tmp_path_factory.mktemp("home")
+    out = home / "my results"
+    limits = f"--cpus-per-task=1 --mem=1G --time=10 --signal=B:USR1@{60}"
+    own = ("--tasks", TASKS, "--at-once", AT_ONCE, "--sbatch", limits)
+    code, said, jobs = submit(
+        cluster, environment, "--out", out.name, *own, *RUN, slides / "*.svs", cwd=home
+    )
+    assert code == 0, said
+    assert "s09 will fail: unreadable_slide" in said or "s09 will fail: unsupported" in said
+    assert list(jobs) == ["array", "gather"]
+    job = jobs["array"]
+    run = Disturbed(out=out, jobs=jobs, tasks=[])
+    take = functools.partial(catch, cluster, out, job)
+
+    run.caught["killed"] = take()
+    os.kill(run.caught["killed"].pid, signal.SIGKILL)
+
+    cluster.kill_controller()
+    cluster.start_controller()
+
+    run.caught["preempted"] = held = take()
+    urgent = cluster.sbatch(
+        f"--partition={URGENT}", "--cpus-per-task=4", "--output=/dev/null", "--wrap=true"
+    )
+    pending(held, cluster, job)
+    cluster.wait(urgent)
+
+    run.caught["node"] = take()
+    cluster.kill_node()
+    cluster.start_node()
+
+    run.caught["limit"] = held = take()
+    cluster.command("scontrol", "update", f"JobId={job}_{held.task}", "TimeLimit=1")
+    pending(held, cluster, job)
+
+    def ended(tasks):
+        running = sum(task.state == "RUNNING" for task in tasks)
+        run.most_at_once = max(run.most_at_once, running)
+        return all(task.ended for task in tasks)
+
+    run.tasks = cluster.until(ended, job, timeout_s=180)
+    cluster.wait(jobs["gather"])
+    return run
+
+
+def test_every_good_slide_is_done_exactly_once(disturbed):
+    ends = {
+        f"s{number:02}": [e["status"] for e in events(disturbed.out, f"s{number:02}", "end")]
+        for number in range(SLIDES)
+    }
+    assert {s for s, e in ends.items() if e.count("done") == 1 and e[-1] == "done"} == {
+        *ends.keys() - {BAD}
+    }
+    assert set(ends[BAD]) == {"failed"}
+    by_status = {s: r["status"] for s, r in reports(disturbed.out).items()}
+    assert by_status == {s: "failed" if s == BAD else "done" for s in ends}
+
+
+def test_tables_are_those_of_an_undisturbed_run(disturbed, quiet):
+    for folder in ("objects", "tissue"):
+        assert digests(disturbed.out, folder) == digests(quiet, folder)
+    assert len(digests(quiet)) == SLIDES - 1
+    error = reports(disturbed.out)[BAD]["error"]
+    assert error["code"] == reports(quiet)[BAD]["error"]["code"]
+
+
+def test_nothing_unfinished_is_left(disturbed):
+    assert unfinished(disturbed.out) == []
+
+
+@pytest.mark.parametrize("what", ["killed", "preempted", "node", "limit"])
+def test_finished_blocks_are_kept(disturbed, what):
+    caught = disturbed.caught[what]
+    assert caught.blocks
+    finished = blocks(disturbed.out / "maps" / f"{caught.slide_id}.zarr")
+    assert caught.blocks.items() <= finished.items()
+    tries = [e["status"] for e in events(disturbed.out, caught.slide_id, "end")]
+    asked = what in ("preempted", "limit")
+    # A request to stop ends a try in words; a kill does not.
+    assert tries == (["interrupted", "done"] if asked else ["done"])
+    assert len(events(disturbed.out, caught.slide_id, "start")) == 2
+
+
+def test_tasks_are_requeued_but_not_for_a_bad_slide(disturbed):
+    by_index = {task.index: task for task in disturbed.tasks}
+    assert sorted(by_index) == [*range(TASKS)]
+    bad = int(BAD[1:]) % TASKS
+    assert {t.state for i, t in by_index.items() if i != bad} == {"COMPLETED"}
+    assert (by_index[bad].state, by_index[bad].exit_code) == ("FAILED", 1)
+    # Preemption and the loss of the node struck all tasks that were running then.
+    assert sum(task.restarts for task in disturbed.tasks) >= len(disturbed.caught)
+
+
+def test_no_more_tasks_run_than_allowed(disturbed):
+    assert 1 <= disturbed.most_at_once <= AT_ONCE
+
+
+def test_the_gather_has_all_slides_and_says_that_one_is_not_done(disturbed, cluster):
+    (gather,) = cluster.tasks(disturbed.jobs["gather"])
+    assert (gather.state, gather.exit_code) == ("FAILED", 1)
+    with open(disturbed.out / "summary.csv", newline="") as file:
+        rows = {row["slide_id"]: row["status"] for row in csv.DictReader(file)}
+    assert rows == {s: r["status"] for s, r in reports(disturbed.out).items()}
+    (log,) = (disturbed.out / "slurm" / "logs").glob("gather-*.log")
+    assert "20 slides: 19 done, 1 failed, 0 interrupted, 0 missing" in log.read_text()
+
+
+def test_the_same_line_again_does_what_is_left(disturbed, quiet, cluster, environment, slides):
+    assert quiet  # it has seen the bad slide
+    (slides / f"{BAD}.svs").write_bytes((slides / "s01.svs").read_bytes())
+    before = {p.name: p.stat().st_ino for p in (disturbed.out / "objects").glob("*.parquet")}
+    own = ("--sbatch", "--cpus-per-task=1 --mem=1G")
+    code, said, jobs = submit(
+        cluster, environment, slides / "*.svs", f"--out={disturbed.out}", *RUN, *own
+    )
+    assert code == 0, said
+    assert "1 slides in 1 tasks" in said
+    tasks = cluster.wait(*jobs.values())
+    assert {(task.state, task.exit_code) for task in tasks} == {("COMPLETED", 0)}
+    after = {p.name: p.stat().st_ino for p in (disturbed.out / "objects").glob("*.parquet")}
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {f"{BAD}.parquet"}
+    code, said, jobs = submit(cluster, environment, slides, "--out", disturbed.out, *RUN)
+    assert (code, jobs) == (0, {})
+    assert "All 20 slides are done" in said
