@@ -386,6 +386,24 @@ def test_done_slides_are_skipped_unless_something_changed(slide, undisturbed, tm
     assert again(model_digest="1" * 64) == (False, True)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_slide_that_cannot_be_seen_keeps_what_was_made_of_it(slide, tmp_path, overwrite):
+    own = tmp_path / "slides" / slide.name
+    own.parent.mkdir()
+    shutil.copy(slide, own)
+    assert go(own, tmp_path).done
+    before = results(tmp_path)
+    own.parent.rename(tmp_path / "unmounted")
+    report = go(own, tmp_path, overwrite=overwrite)
+    assert report.error["code"] == "unreadable_slide"
+    assert "they stay as they are" in report.error["message"]
+    assert results(tmp_path) == before
+    (tmp_path / "unmounted").rename(own.parent)
+    predictor = StubPredictor()
+    assert go(own, tmp_path, predictor).done
+    assert predictor.seen == []
+
+
 def test_dropped_maps_leave_the_tables(slide, undisturbed, tmp_path):
     report = go(slide, tmp_path, keep_maps=False)
     assert not (tmp_path / "maps" / "a.zarr").exists()

@@ -38,6 +38,7 @@ target = slides / name / source.name
 partial = target.with_name(target.name + ".partial")
 if how == "hang":
     partial.write_bytes(b"")
+    os.fork()  # the real client has helpers, which outlive it when it is killed
     import time; time.sleep(60)
 if how == "fail":
     partial.write_bytes(source.read_bytes()[:10])
@@ -290,11 +291,13 @@ class Cohort:
             path.write_text(text.format(python=sys.executable, vault=self.vault, seconds=seconds))
             path.chmod(0o755)
 
-    def start(self, *options, disk="10M", run=None):
+    def words(self, *options, disk="10M", run=None):
         words = [self.manifest, "--slides", self.slides, "--out", self.out, "--disk", disk]
         words += ["--download", f"{self.folder}/client download --dir {{dir}} {{id}}"]
-        words += ["--wsi-run", run or f"{self.folder}/run", "--wait", "0.05", *options]
-        command = [sys.executable, FOLDER / "window.py", *map(str, words)]
+        return [*words, "--wsi-run", run or f"{self.folder}/run", "--wait", "0.05", *options]
+
+    def start(self, *options, **how):
+        command = [sys.executable, FOLDER / "window.py", *map(str, self.words(*options, **how))]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def call(self, *options, **how):
@@ -381,7 +384,9 @@ def test_a_signal_is_passed_on_and_the_same_line_goes_on(tmp_path, number):
     assert (cohort.out / "signals").read_text() == str(int(number))
     assert cohort.left() == [0, 1]
     (tmp_path / "run").write_text(RUN.format(python=sys.executable, seconds=0))
-    assert cohort.call()[0] == 0
+    code, told = cohort.call()
+    assert code == 0
+    assert "waiting" not in told
     assert (len(cohort.tries(0)), len(cohort.tries(1))) == (1, 2)
     assert cohort.left() == []
 
@@ -427,6 +432,31 @@ def test_wrong_use_is_told_before_or_as_soon_as_it_is_known(tmp_path):
         code, told = cohort.call(*options, **how)
         assert code == 2
         assert says in told
+
+
+def test_an_array_task_takes_its_manifest_and_goes_back_into_the_queue(tmp_path):
+    cohort = Cohort(tmp_path, [b"good one"], seconds=30)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/requeued; exit 1\n')
+    (tools / "scontrol").chmod(0o755)
+    words = [tmp_path, *cohort.words()[1:]]
+    process = subprocess.Popen(
+        ["bash", FOLDER / "window.sbatch", *map(str, words)],
+        env={
+            **os.environ,
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "SLURM_ARRAY_JOB_ID": "5",
+            "SLURM_ARRAY_TASK_ID": "7",  # the manifest is 007.txt
+            "WSI_WINDOW_DIR": str(FOLDER),
+        },
+    )
+    until(lambda: (cohort.out / "calls").exists())
+    time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 5_7\n"
+    assert (cohort.out / "signals").read_text() == str(int(signal.SIGUSR1))
 
 
 def test_real_slides_through_a_window_that_holds_one(tmp_path):

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 STAGES = ("open", "tissue", "predict", "polygonize", "write")
+_MISSING = "missing"
 Status = Literal["done", "failed", "interrupted"]
 
 
@@ -104,6 +105,11 @@ class SlideJob:
     def lease_path(self) -> Path:
         """There while a process is at work on the slide."""
         return self.out / "logs" / f"{self.slide_id}.lease"
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the slide is a file that cannot be read here."""
+        return _fingerprint(self.path) == _MISSING
 
     @cached_property
     def job_id(self) -> str:
@@ -235,7 +241,7 @@ def versions() -> dict[str, str]:
 
 
 def _fingerprint(path: str) -> str:
-    """Return a digest of a slide's size and of samples all over it; "missing" where unreadable."""
+    """Return a digest of a slide's size and of samples all over it; or that it is missing."""
     if "://" in path:
         return path
     block, samples = 1 << 13, 64
@@ -247,5 +253,5 @@ def _fingerprint(path: str) -> str:
                 file.seek(max(0, size - block) * number // (samples - 1))
                 digest.update(file.read(block))
     except OSError:
-        return "missing"
+        return _MISSING
     return digest.hexdigest()

@@ -95,10 +95,12 @@ class Shelf:
         return problem
 
     def remove(self, book: Book, why: str) -> None:
-        """Make room."""
-        log.info("%s: %s, removed", book.entry.slide_id, why)
-        shutil.rmtree(book.entry.folder(self.slides))
-        book.here = book.whole = False
+        """Make room; what a network file system does not let go yet is removed the next time."""
+        folder = book.entry.folder(self.slides)
+        shutil.rmtree(folder, ignore_errors=True)
+        book.here, book.whole = folder.exists(), False
+        if not book.here:
+            log.info("%s: %s, removed", book.entry.slide_id, why)
 
     def make_room(self, book: Book) -> Path:
         """Count a slide as here from now on; return the path of its file."""

@@ -8,7 +8,7 @@ has happened is read from the disk alone, so this may be stopped or killed at an
 same line goes on. As a job array: a manifest a task (`prepare.py split`), one RESULTS for all, and
 --disk is what each task may hold.
 
-SIGTERM, SIGUSR1 and Ctrl-C are passed on to wsi-run and the download.
+SIGTERM, SIGUSR1 and Ctrl-C are passed on to wsi-run; the download is ended.
 
 Exit codes: 0 all slides are done; 1 some failed or could not be downloaded, all others are done;
 2 wrong use; 75 interrupted, run the same line again; 130 Ctrl-C.
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,6 +152,7 @@ class Window:
         if self.fetcher is None or self.fetching is None or self.fetcher.poll() is None:
             return
         code, book = self.fetcher.returncode, self.fetching
+        _end_group(self.fetcher, signal.SIGKILL)  # helpers, if it was killed
         self.fetcher = self.fetching = None
         problem = self.shelf.check(book, self.stopping)
         if problem is None or self.stopping():
@@ -239,16 +241,23 @@ class Window:
         return subprocess.Popen(words, start_new_session=True, pass_fds=[self.lock])
 
     def finish(self) -> None:
-        """Tell the children to stop, pass further requests on, and wait for them."""
+        """End the download, tell wsi-run to stop, pass further requests on, and wait for it."""
+        if self.fetcher is not None:
+            # It resumes from what it has. Its helpers would hold the lock, and wait for ever.
+            _end_group(self.fetcher, signal.SIGTERM)
+            self.fetcher.wait()
         passed = 0
-        children = [child for child in (self.runner, self.fetcher) if child is not None]
         self.signals = self.signals or [signal.SIGTERM]
-        while any(child.poll() is None for child in children):
+        while self.runner is not None and self.runner.poll() is None:
             for number in self.signals[passed:]:
-                for child in children:
-                    child.send_signal(number if child is self.runner else signal.SIGTERM)
+                self.runner.send_signal(number)
                 passed += 1
             time.sleep(POLL_S / 4)
+
+
+def _end_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from wsi_pipeline.attempt import Attempt, record, refuse
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
-from wsi_pipeline.errors import SlideBusyError, WsiPipelineError
+from wsi_pipeline.errors import SlideBusyError, SlideError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
@@ -200,6 +200,7 @@ class _Run:
                 remove_tree(job.maps_path)
             self._finish(job, settled, skipped=True)
             return None
+        _require_slide(job)
         attempt = Attempt(job)
         self.watcher.start(job)
         try:
@@ -261,6 +262,24 @@ def _failed_report(job: SlideJob) -> RunReport | None:
     report = read_report(job.report_path)
     same = report is not None and report.job_id == job.job_id and report.status == "failed"
     return report if same else None
+
+
+def _require_slide(job: SlideJob) -> None:
+    """Refuse to take back what is done for a slide that nobody can see now.
+
+    A disk may not be mounted, or the slide was removed to make room.
+
+    Raises:
+        SlideError: the slide is done, and its file is not there.
+    """
+    report = read_report(job.report_path)
+    if report is not None and report.done and job.is_missing:
+        msg = (
+            f"{job.path} is not there or cannot be read, so it cannot be told whether it is still "
+            "the slide whose results are in the folder; they stay as they are. Bring it back, or "
+            "leave it out."
+        )
+        raise SlideError(msg)
 
 
 def _clear(job: SlideJob, *, maps: bool) -> None:
