@@ -22,7 +22,7 @@ import pytest
 import zarr
 
 from benchmarks.cluster import URGENT, Cluster, missing_programs
-from wsi_pipeline.cli import wsi
+from wsi_pipeline.cli import run, wsi
 from wsi_pipeline.synth import write_slide
 
 SLURM = Path(__file__).parents[1] / "workflows" / "slurm"
@@ -61,7 +61,7 @@ END
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
-    with Cluster(folder, cpus=4, max_array=64) as running:
+    with Cluster(folder, cpus=4, gpus=2, max_array=64) as running:
         yield running
 
 
@@ -230,7 +230,7 @@ def disturbed(cluster, environment, slides, beginning, tmp_path_factory):
     """Submit the cohort, and let one thing after another happen to it."""
     home = tmp_path_factory.mktemp("home")
     out = home / "my results"
-    limits = f"--cpus-per-task=1 --mem=1G --time=10 --signal=B:USR1@{60}"
+    limits = "--cpus-per-task=1 --mem=1G --time=10 --signal=B:USR1@60"
     own = ("--tasks", TASKS, "--at-once", AT_ONCE, "--sbatch", limits)
     code, said, jobs = submit(
         cluster, environment, "--out", out.name, *own, *RUN, slides / "*.svs", cwd=home
@@ -239,38 +239,38 @@ def disturbed(cluster, environment, slides, beginning, tmp_path_factory):
     assert "s09 will fail: unreadable_slide" in said or "s09 will fail: unsupported" in said
     assert list(jobs) == ["array", "gather"]
     job = jobs["array"]
-    run = Disturbed(out=out, jobs=jobs, tasks=[])
+    story = Disturbed(out=out, jobs=jobs, tasks=[])
     take = functools.partial(catch, cluster, out, job)
 
-    run.caught["killed"] = take()
-    os.kill(run.caught["killed"].pid, signal.SIGKILL)
+    story.caught["killed"] = take()
+    os.kill(story.caught["killed"].pid, signal.SIGKILL)
 
     cluster.kill_controller()
     cluster.start_controller()
 
-    run.caught["preempted"] = held = take()
+    story.caught["preempted"] = held = take()
     urgent = cluster.sbatch(
         f"--partition={URGENT}", "--cpus-per-task=4", "--output=/dev/null", "--wrap=true"
     )
     pending(held, cluster, job)
     cluster.wait(urgent)
 
-    run.caught["node"] = take()
+    story.caught["node"] = take()
     cluster.kill_node()
     cluster.start_node()
 
-    run.caught["limit"] = held = take()
+    story.caught["limit"] = held = take()
     cluster.command("scontrol", "update", f"JobId={job}_{held.task}", "TimeLimit=1")
     pending(held, cluster, job)
 
     def ended(tasks):
         running = sum(task.state == "RUNNING" for task in tasks)
-        run.most_at_once = max(run.most_at_once, running)
+        story.most_at_once = max(story.most_at_once, running)
         return all(task.ended for task in tasks)
 
-    run.tasks = cluster.until(ended, job, timeout_s=180)
+    story.tasks = cluster.until(ended, job, timeout_s=180)
     cluster.wait(jobs["gather"])
-    return run
+    return story
 
 
 def test_every_good_slide_is_done_exactly_once(disturbed):
@@ -353,3 +353,67 @@ def test_the_same_line_again_does_what_is_left(disturbed, quiet, cluster, enviro
     code, said, jobs = submit(cluster, environment, slides, "--out", disturbed.out, *RUN)
     assert (code, jobs) == (0, {})
     assert "All 20 slides are done" in said
+
+
+STUBBORN = """#!/bin/bash
+trap 'exit 75' TERM USR1
+touch "ready $SLURM_ARRAY_TASK_ID ${SLURM_RESTART_COUNT:-0}"
+case $SLURM_ARRAY_TASK_ID in
+  0) kill -KILL $$ ;;
+  1) [ -z "${SLURM_RESTART_COUNT-}" ] || exit 0 ;;
+esac
+while :; do sleep 0.05; done
+"""
+"""A wsi-run that is killed at each start (task 0), or works until it is asked to stop."""
+
+
+def test_kills_are_bounded_preemption_goes_on_and_cancelled_tasks_stay_so(cluster, tmp_path):
+    program(tmp_path / "bin" / "wsi-run", STUBBORN)
+    path = os.pathsep.join((str(tmp_path / "bin"), os.environ["PATH"]))
+    few = {"PATH": path, "WSI_MAX_RESTARTS": "1"}
+    limits = ("--cpus-per-task=1", "--mem=100M", "--time=10", f"--output={tmp_path}/%a.log")
+    script = (SLURM / "array.sbatch", "slides", "out")
+    # No grace: the signal is TERM, and Slurm itself requeues.
+    cluster.command("scontrol", "update", "PartitionName=preemptible", "GraceTime=0")
+    job = cluster.sbatch(*limits, "--array=0-1", *script, cwd=tmp_path, environment=few)
+    cluster.until(lambda _: (tmp_path / "ready 1 0").exists(), job)
+    urgent = cluster.sbatch(
+        f"--partition={URGENT}", "--cpus-per-task=4", "--output=/dev/null", "--wrap=true"
+    )
+    cluster.wait(urgent)
+    killed, preempted = cluster.wait(job)
+    assert (killed.state, killed.exit_code, killed.restarts) == ("FAILED", 137, 1)
+    assert (preempted.state, preempted.restarts) == ("COMPLETED", 1)
+
+    other = cluster.sbatch(*limits, "--array=2", *script, cwd=tmp_path, environment=few)
+    cluster.until(lambda _: (tmp_path / "ready 2 0").exists(), other)
+    cluster.command("scancel", str(other))
+    cluster.until(lambda _: "start 1:" in (tmp_path / "2.log").read_text(), other)
+    (cancelled,) = cluster.wait(other)
+    assert (cancelled.state, cancelled.restarts) == ("CANCELLED", 0)
+
+
+@pytest.mark.skipif(
+    "only" not in {option.name for option in run.params}, reason="wsi-run has no --only"
+)
+def test_one_array_predicts_and_another_makes_the_tables(
+    cluster, environment, slides, quiet, tmp_path
+):
+    ids = ("s00", "s01", "s02", "s03")
+    own = ("--split", "--tasks", 2, "--sbatch", "--cpus-per-task=1 --mem=1G")
+    gpu = ("--sbatch-array", "--gres=gpu:1")
+    names = [slides / f"{slide_id}.svs" for slide_id in ids]
+    bad = tmp_path / "zz.svs"
+    bad.write_bytes(b"no slide at all")
+    out = tmp_path / "out"
+    code, said, jobs = submit(cluster, environment, *names, bad, "--out", out, *RUN, *own, *gpu)
+    assert code == 0, said
+    # A slide that fails keeps nobody from their tables, and the second array tells of it.
+    maps = cluster.wait(jobs["array"])
+    assert [(task.state, task.exit_code) for task in maps] == [("COMPLETED", 0)] * 2
+    tables = cluster.wait(jobs["objects"])
+    assert [(task.state, task.exit_code) for task in tables] == [("FAILED", 1), ("COMPLETED", 0)]
+    cluster.wait(jobs["gather"])
+    assert digests(out) == {s: d for s, d in digests(quiet).items() if s in ids}
+    assert {s for s, r in reports(out).items() if r["status"] == "done"} == {*ids}
+    assert unfinished(out) == []
