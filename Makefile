@@ -32,7 +32,7 @@ types: $(VENV)/.installed-dev
 floors: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
-suite: $(VENV)/.installed-dev
+suite: $(VENV)/.installed-dev $(VENV)/snakemake/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 $(VENV)/bin/python:
@@ -45,6 +45,12 @@ $(VENV)/.installed: $(VENV)/bin/python $(SETTINGS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+# An environment of its own: Snakemake wants other versions of packages than we do.
+$(VENV)/snakemake/.installed: workflows/snakemake/requirements.txt | $(VENV)/bin/python
+	$(PYTHON) -m venv $(VENV)/snakemake
+	$(VENV)/snakemake/bin/python -m pip install --disable-pip-version-check -q -r $<
 	@touch $@
 
 clean:

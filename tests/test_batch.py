@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_pipeline.batch import collect_slides, freeze_run, parse_shard, read_run, take_shard
-from wsi_pipeline.describe import slide_states
+from wsi_pipeline.cohort import slide_states
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import RunReport
 

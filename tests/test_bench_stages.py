@@ -330,7 +330,7 @@ def test_a_slide_that_fails_is_no_measurement(subject, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise SlideError("broken here")
 
-    monkeypatch.setattr("wsi_pipeline.engines.predict", fail)
+    monkeypatch.setattr("wsi_pipeline.engines.here.predict", fail)
     with pytest.raises(JobError, match="broken here"):
         Whole(subject=subject).work(FakeClock())
 

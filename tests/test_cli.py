@@ -99,7 +99,7 @@ def test_the_same_command_again_does_nothing(slides, finished):
 
 def test_status_names_every_state(slides, finished, tmp_path):
     result = invoke(wsi, "status", finished)
-    assert "2 slides: 2 done, 0 failed, 0 interrupted, 0 missing" in result.output
+    assert "2 slides: 2 done, 0 running, 0 interrupted, 0 missing, 0 failed" in result.output
     bad = tmp_path / "bad.svs"
     bad.write_bytes(b"no slide at all")
     out = tmp_path / "out"
@@ -110,6 +110,20 @@ def test_status_names_every_state(slides, finished, tmp_path):
     assert re.search(r"bad\tfailed\tunreadable_slide: .*\n", result.output)
     assert "two\tmissing" in result.output
     assert invoke(wsi, "status", tmp_path).exit_code == 2
+
+
+def test_a_finished_run_leaves_a_summary_and_a_shard_none(slides, finished, tmp_path):
+    table = pd.read_parquet(finished / "summary.parquet")
+    assert list(table.status) == ["done", "done"]
+    assert list(table.n_nucleus) == [
+        report(finished, n)["counts"]["nucleus"] for n in table.slide_id
+    ]
+    assert (pd.read_csv(finished / "summary.csv").slide_id == table.slide_id).all()
+    how = ("--out", tmp_path, "--no-progress", "--shard", "1/2", *BASELINE)
+    assert invoke(run, slides, *how).exit_code == 0
+    assert not (tmp_path / "summary.csv").exists()
+    assert "1 done" in invoke(wsi, "summary", tmp_path).output
+    assert list(pd.read_csv(tmp_path / "summary.csv").status) == ["missing", "done"]
 
 
 def test_failed_slides_come_last_with_their_reason(slides, tmp_path):

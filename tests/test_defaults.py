@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -201,28 +201,34 @@ def freeze(out, name, **how):
 def test_a_record_that_appears_meanwhile_is_not_written_over(tmp_path, monkeypatch):
     """Between looking for run.json and writing it, another process writes its own."""
     freeze(tmp_path / "other", "first")
-    link = os.link
+    sweep = batch.sweep_shared
 
-    def too_late(*names):
-        shutil.copy(tmp_path / "other" / "run.json", tmp_path / "run.json")
-        link(*names)
+    def too_late(path):
+        shutil.copy(tmp_path / "other" / "run.json", path)
+        sweep(path)
 
-    monkeypatch.setattr(os, "link", too_late)
+    monkeypatch.setattr(batch, "sweep_shared", too_late)
     with pytest.raises(JobError, match="holds results of model first"):
         freeze(tmp_path, "second")
     assert model_of(tmp_path)["name"] == "first"
     assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
     freeze(tmp_path, "second", overwrite=True)
     assert model_of(tmp_path)["name"] == "second"
 
 
-def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise PermissionError("no hard links here")
+def test_runs_that_begin_together_lose_no_slide(tmp_path):
+    """Each call reads, adds and writes; one after the other."""
+    names = [f"s{number}" for number in range(12)]
 
-    monkeypatch.setattr(os, "link", unsupported)
-    freeze(tmp_path, "first")
-    assert model_of(tmp_path)["name"] == "first"
+    def begin(name):
+        entries = (batch.SlideEntry(path=f"{name}.svs", slide_id=name),)
+        model = {"name": "m", "sha256": "0"}
+        batch.freeze_run(tmp_path, entries, model=model, options={}, overwrite=False)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(begin, names))
+    assert [slide["slide_id"] for slide in batch.read_run(tmp_path)["slides"]] == sorted(names)
 
 
 @pytest.mark.parametrize("model", [{}, {"name": "m"}, None])

@@ -281,7 +281,7 @@ def arriving(tmp_path):
 
     tiles = TileGrid.cover(GRID, tile_px=128, halo_px=16, wanted=lambda box: box.y == 0)
     store = PredictionStore.create(
-        tmp_path / "a.zarr", spec=SPEC, tiles=tiles, pixel_size=(0.25, 0.25), identity=""
+        tmp_path / "a.zarr", spec=SPEC, tiles=tiles, pixel_size=(0.25, 0.25), made={}
     )
     maps = ArrivingMaps(store, store.missing(tiles))
 

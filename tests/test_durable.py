@@ -6,7 +6,13 @@ import socket
 
 import pytest
 
-from wsi_pipeline.durable import durable_file, publish_directory, remove_tree, sweep
+from wsi_pipeline.durable import (
+    durable_file,
+    publish_directory,
+    remove_tree,
+    sweep,
+    sweep_shared,
+)
 from wsi_pipeline.errors import DiskFullError
 
 
@@ -62,21 +68,55 @@ def test_a_removal_takes_the_name_first(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             remove_tree(folder)
     assert not folder.exists()
-    sweep(tmp_path, "a")
+    sweep(folder)
     assert os.listdir(tmp_path) == []
 
 
-def test_sweep_takes_only_the_files_of_dead_processes_of_this_host(tmp_path):
-    host = socket.gethostname()
-    dead = 2**22 + 1
+def test_sweep_takes_what_any_process_left_of_this_one_file(tmp_path):
     keep = [
-        f".a.parquet.{host}.{os.getpid()}.partial",
-        f".a.parquet.elsewhere.{dead}.partial",
-        f".b.parquet.{host}.{dead}.partial",
+        f".a.b.parquet~{socket.gethostname()}.5.partial",  # slide a.b
+        ".a.parquet~x.parquet~elsewhere.5.partial",  # slide a.parquet~x
+        ".a.zarr.partial",
         "a.parquet",
     ]
-    for name in [*keep, f".a.parquet.{host}.{dead}.partial"]:
-        (tmp_path / name).touch()
-    sweep(tmp_path, "a")
+    left = [
+        f".a.parquet~{socket.gethostname()}.5.partial",
+        ".a.parquet~node-7.cluster.5.partial",
+        ".a.parquet.trash.partial",
+        ".a.parquet.partial.trash.partial",
+    ]
+    for name in keep + left:
+        (tmp_path / name).mkdir() if "trash" in name else (tmp_path / name).touch()
+    sweep(tmp_path / "a.parquet")
     assert sorted(os.listdir(tmp_path)) == sorted(keep)
-    sweep(tmp_path / "absent", "a")
+    sweep(tmp_path / "absent" / "a")
+
+
+def test_sweep_finds_what_a_killed_process_leaves(tmp_path):
+    path = tmp_path / "a.b.parquet"
+    beside = durable_file(path)
+    beside.__enter__().write_text("half")
+    (left,) = os.listdir(tmp_path)
+    sweep(tmp_path / "a.parquet")
+    assert os.listdir(tmp_path) == [left]
+    sweep(path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_of_a_shared_file_only_what_ended_processes_left_goes(tmp_path):
+    here, dead = socket.gethostname(), 2**22 + 1
+    keep = [
+        f".run.json~{here}.{os.getpid()}.0123abcd.partial",
+        f".run.json~elsewhere.{dead}.0123abcd.partial",
+        f".a.json~{here}.{dead}.0123abcd.partial",
+    ]
+    left = [
+        f".run.json~{here}.{dead}.0123abcd.partial",
+        f".run.json~elsewhere.{dead + 1}.0123abcd.partial",
+    ]
+    for name in keep + left:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / left[1], (0, 0))
+    sweep_shared(tmp_path / "run.json")
+    assert sorted(os.listdir(tmp_path)) == sorted(keep)
+    sweep_shared(tmp_path / "absent" / "run.json")

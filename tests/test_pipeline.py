@@ -1,6 +1,7 @@
 """The whole job with a small stand-in for the network: resume, faults, and the same bytes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from wsi_pipeline import pipeline
+from wsi_pipeline.attempt import deaths
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.engines import run_slides
 from wsi_pipeline.errors import OutOfMemoryError
@@ -123,7 +125,9 @@ def job(slide: Path, out: Path, **changes) -> SlideJob:
 
 def go(slide, out, predictor=None, watcher=None, **changes):
     watcher = watcher or Watcher()
-    how = {k: changes.pop(k) for k in ("overwrite", "retry_failed", "workers") if k in changes}
+    how = {
+        k: changes.pop(k) for k in ("only", "overwrite", "retry_failed", "workers") if k in changes
+    }
     (report,) = run_slides(
         [job(slide, out, **changes)],
         predictor or StubPredictor(),
@@ -449,7 +453,9 @@ def test_on_another_device_tables_are_made_beside_the_next_slide(slide, tmp_path
     pd.testing.assert_frame_equal(a.drop(columns="slide_id"), b.drop(columns="slide_id"))
 
 
-def test_two_processes_do_not_work_on_one_slide(slide, tmp_path):
+@pytest.fixture
+def at_work(tmp_path):
+    """Another process that holds slide a."""
     code = f"""if True:
         import time
         from pathlib import Path
@@ -458,19 +464,137 @@ def test_two_processes_do_not_work_on_one_slide(slide, tmp_path):
         held = Attempt(SlideJob(
             path='', slide_id='a', out=Path({str(tmp_path)!r}), model_name='', model_digest=''
         ))
-        print('locked', flush=True)
+        print('held', flush=True)
         time.sleep(60)
     """
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "locked\n"
-        report = go(slide, tmp_path)
-        assert "another process is at work" in report.error["message"]
-        assert not (tmp_path / "reports" / "a.json").exists()
-    finally:
-        other.kill()
-        other.wait()
+    assert other.stdout.readline() == "held\n"
+    yield other
+    other.kill()
+    other.wait()
+
+
+class Waiting(Watcher):
+    """Does something when a slide waits for another process."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.then = then
+
+    def advance(self, job, stage, done, total):
+        if stage.startswith("waiting"):
+            self.then()
+
+
+def test_two_processes_do_not_work_on_one_slide(slide, tmp_path, at_work):
+    watcher = Waiting(lambda: setattr(watcher, "stopped", True))
+    report = go(slide, tmp_path, watcher=watcher)
+    assert "another process is at work" in report.error["message"]
+    assert not (tmp_path / "reports" / "a.json").exists()
+
+
+def test_a_slide_of_another_process_comes_last_once_it_is_free(slide, tmp_path, at_work):
+    other = tmp_path / "b.svs"
+    shutil.copy(slide, other)
+    watcher = Waiting(at_work.kill)
+    jobs = [job(slide, tmp_path), job(other, tmp_path)]
+    reports = run_slides(jobs, StubPredictor(), watcher=watcher, stop=lambda: False)
+    assert [r.status for r in reports] == ["done", "done"]
+    assert [name for name, *_ in watcher.ended] == ["b", "a"]
+    assert set(os.listdir(tmp_path / "logs")) == {"a.jsonl", "b.jsonl"}
+
+
+def test_who_lost_its_slide_publishes_nothing(slide, tmp_path):
+    class Slow(StubPredictor):
+        def predict(self, slide, tiles, **how):
+            for block in super().predict(slide, tiles, **how):
+                yield block
+                # Meanwhile another process thinks that this one is dead, and takes over.
+                (tmp_path / "logs" / "a.lease").write_text("{}")
+                os.replace(tmp_path / "logs" / "a.lease", tmp_path / "moved")
+                (tmp_path / "logs" / "a.lease").write_text("{}")
+
+    report = go(slide, tmp_path, Slow())
+    assert report.status == "failed"
+    assert "another has taken the slide over" in report.error["message"]
+    assert not (tmp_path / "reports" / "a.json").exists()
+    assert not (tmp_path / "objects" / "a.parquet").exists()
+    assert (tmp_path / "logs" / "a.lease").exists()
+
+
+def test_maps_here_and_objects_there_give_the_same_table(slide, undisturbed, tmp_path):
+    predictor = StubPredictor()
+    predictor.device = "cuda:3"
+    first = go(slide, tmp_path, predictor, only="maps")
+    assert (first.status, first.left, first.as_asked) == ("interrupted", "objects", True)
+    assert (tmp_path / "maps" / "a.zarr").is_dir()
+    assert not list(tmp_path.glob("objects/*"))
+    (second,) = run_slides(
+        [job(slide, tmp_path)], None, only="objects", watcher=Watcher(), stop=lambda: False
+    )
+    assert (second.status, second.device, second.left) == ("done", "cuda", "")
+    ours, other = (out / "objects" / "a.parquet" for out in (tmp_path, undisturbed[0]))
+    pd.testing.assert_frame_equal(pd.read_parquet(ours), pd.read_parquet(other))
+    assert read_metadata(ours)["options"]["device"] == "cuda"
+
+
+def test_objects_without_maps_say_what_to_do(slide, tmp_path):
+    (report,) = run_slides(
+        [job(slide, tmp_path)], None, only="objects", watcher=Watcher(), stop=lambda: False
+    )
+    assert report.status == "failed"
+    assert "--only maps" in report.error["message"]
+    go(slide, tmp_path, only="maps")
+    (report,) = run_slides(
+        [job(slide, tmp_path, mpp=0.4)], None, only="objects", watcher=Watcher(), stop=lambda: False
+    )
+    assert "another slide, pixel size, mask or model" in report.error["message"]
+
+
+def test_objects_only_keeps_the_reason_why_there_are_no_maps(slide, tmp_path):
+    go(slide, tmp_path, StubPredictor(fail_at=0), only="maps")
+    (report,) = run_slides(
+        [job(slide, tmp_path)], None, only="objects", watcher=Watcher(), stop=lambda: False
+    )
+    assert "the stub fails as told" in report.error["message"]
+
+
+def test_a_slide_that_kills_again_and_again_is_given_up(slide, tmp_path, monkeypatch):
+    def kill(*_args, **_kwargs):
+        raise Killed
+
+    def died():
+        with monkeypatch.context() as patch:
+            patch.setattr("wsi_pipeline.pipeline.write_tissue", kill)
+            with pytest.raises(Killed):
+                go(slide, tmp_path)
+
+    assert deaths(job(slide, tmp_path)) == 0
+    for number in (1, 1, 2, 3):  # the second try finds more blocks than the first
+        died()
+        assert deaths(job(slide, tmp_path)) == number
+    report = go(slide, tmp_path)
+    assert report.status == "failed"
+    assert "killed 3 times in a row" in report.error["message"]
+    assert deaths(job(slide, tmp_path)) == 0
     assert go(slide, tmp_path).status == "done"
+
+
+def test_a_slide_that_comes_further_each_time_is_not_given_up(slide, tmp_path):
+    predictor = StubPredictor()
+    for _ in range(5):
+
+        class Dying(StubPredictor):
+            def predict(self, slide, tiles, **how):
+                for number, block in enumerate(super().predict(slide, tiles, **how)):
+                    if number == 2:
+                        raise Killed
+                    yield block
+
+        with pytest.raises(Killed):
+            go(slide, tmp_path, Dying())
+    assert deaths(job(slide, tmp_path)) < 3
+    assert go(slide, tmp_path, predictor).status == "done"
 
 
 def test_restarts_are_counted(slide, tmp_path):
@@ -500,7 +624,8 @@ def test_maps_of_another_job_under_the_final_name_are_replaced(slide, undisturbe
     assert go(slide, tmp_path).status == "done"
     assert results(tmp_path) == results(undisturbed[0])
     store = PredictionStore.open(tmp_path / "maps" / "a.zarr")
-    assert "cpu, fp32, tile 256" in store.meta["identity"]
+    assert store.meta["made"]["precision"] == "fp32"
+    assert store.meta["made"]["tile_px"] == 256
     assert not partial_path(tmp_path / "maps" / "a.zarr").exists()
 
 

@@ -35,10 +35,10 @@ SPEC = ModelSpec(
 GRID = PixelGrid(origin=(0.0, 0.0), spacing=(2.0, 2.0), size=(333, 270))
 
 
-def make(path: Path, identity: str = "job", tile_px: int = 64) -> tuple[PredictionStore, TileGrid]:
+def make(path: Path, made: str = "job", tile_px: int = 64) -> tuple[PredictionStore, TileGrid]:
     tiles = TileGrid.cover(GRID, tile_px=tile_px, halo_px=16)
     store = PredictionStore.create(
-        path, spec=SPEC, tiles=tiles, pixel_size=(0.25, 0.26), identity=identity
+        path, spec=SPEC, tiles=tiles, pixel_size=(0.25, 0.26), made={"job": made}
     )
     return store, tiles
 
@@ -93,10 +93,10 @@ def test_interrupted_store_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert tree(tmp_path / "one.zarr") == tree(tmp_path / "two.zarr")
 
 
-def test_another_identity_starts_again(tmp_path):
+def test_what_is_made_otherwise_starts_again(tmp_path):
     store, tiles = make(tmp_path / "a.zarr")
     fill(store, tiles, 3)
-    other, tiles = make(tmp_path / "a.zarr", identity="other")
+    other, tiles = make(tmp_path / "a.zarr", made="other")
     assert len(other.missing(tiles).tiles) == len(tiles.tiles)
 
 
@@ -170,7 +170,7 @@ def large(tmp_path_factory):
     spec = ModelSpec(
         name="t", architecture="none", mpp=0.5, halo_px=0, options={}, heads=SPEC.heads[:2]
     )
-    store = PredictionStore.create(path, spec=spec, tiles=tiles, pixel_size=(0.5, 0.5), identity="")
+    store = PredictionStore.create(path, spec=spec, tiles=tiles, pixel_size=(0.5, 0.5), made={})
     rng = np.random.default_rng(0)
     for tile in tiles.tiles:
         h, w = tile.write.height, tile.write.width
@@ -240,7 +240,7 @@ def test_coarser_chunks_are_there_as_soon_as_what_is_below_them(tmp_path):
         name="t", architecture="none", mpp=0.5, halo_px=0, options={}, heads=SPEC.heads[:1]
     )
     store = PredictionStore.create(
-        tmp_path / "a.zarr", spec=spec, tiles=tiles, pixel_size=(0.5, 0.5), identity=""
+        tmp_path / "a.zarr", spec=spec, tiles=tiles, pixel_size=(0.5, 0.5), made={}
     )
     coarse = zarr.open_group(store.path, mode="r")["cells/prob_2x"]
     ones = {"cells/prob": np.ones((2, 512, 512), np.uint8)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from wsi_pipeline.attempt import deaths
 from wsi_pipeline.batch import (
     SlideEntry,
     collect_slides,
@@ -18,10 +19,10 @@ from wsi_pipeline.batch import (
     require_size,
     take_shard,
 )
-from wsi_pipeline.engines import Watcher, run_slides
-from wsi_pipeline.errors import JobError, ModelBundleError
+from wsi_pipeline.engines import Only, Watcher, run_slides
+from wsi_pipeline.errors import JobError, ModelBundleError, WsiPipelineError
 from wsi_pipeline.job import RunReport, SlideJob
-from wsi_pipeline.machine import peak_rss_mb
+from wsi_pipeline.machine import available_cpus, peak_rss_mb
 from wsi_pipeline.memory import parse_size
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def execute(
     tile_size: int | Literal["auto"] = "auto",
     workers: int | Literal["auto"] = "auto",
     memory: int | str | None = None,
+    only: Only | None = None,
     overwrite: bool = False,
     retry_failed: bool = True,
     fail_fast: bool = False,
@@ -143,20 +145,27 @@ def execute(
         "workers": workers,
         "memory": memory,
     }
-    plan, predictor = _begin(plan, options, overwrite=overwrite)
+    plan, predictor = _begin(plan, options, network=only != "objects", overwrite=overwrite)
+    # Slides that have killed a process come last: the others are done before they do it again.
+    jobs = sorted(plan.jobs, key=deaths)
+    extractors = available_cpus() if workers == "auto" else workers
     reports = run_slides(
-        plan.jobs,
+        jobs,
         predictor,
         watcher=watcher or _Silent(),
         stop=stop,
-        workers=predictor.extractors,
+        only=only,
+        workers=predictor.extractors if predictor else extractors,
         overwrite=overwrite,
         retry_failed=retry_failed,
         fail_fast=fail_fast,
     )
     if memory is not None and peak_rss_mb() * (1 << 20) > parse_size(memory):
         log.warning("the run held %.0f MiB, more than --memory %s", peak_rss_mb(), memory)
-    return reports
+    if len(plan.jobs) == len(plan.entries) and not stop():
+        _summarize(plan.out)
+    place = {job.slide_id: number for number, job in enumerate(plan.jobs)}
+    return sorted(reports, key=lambda report: place[report.slide_id])
 
 
 def run(
@@ -174,6 +183,7 @@ def run(
     mask_dir: str | os.PathLike[str] | None = None,
     shard: str | None = None,
     keep_maps: bool = True,
+    only: Only | None = None,
     overwrite: bool = False,
     retry_failed: bool = True,
     fail_fast: bool = False,
@@ -197,6 +207,8 @@ def run(
         mask_dir: folder of own tissue masks, ``<slide_id>.png``, any resolution.
         shard: ``"I/N"`` takes every N-th slide from the I-th on (from 0), or ``"auto"``.
         keep_maps: keep the zarr maps after the objects are written.
+        only: ``"maps"`` ends each slide when its maps are complete, ``"objects"`` makes the tables
+            of slides whose maps are complete, whatever device made them, without the network.
         overwrite: do finished slides again.
         retry_failed: try slides again that failed before.
         fail_fast: begin no further slide after one has failed.
@@ -227,18 +239,21 @@ def run(
         tile_size=tile_size,
         workers=workers,
         memory=memory,
+        only=only,
         overwrite=overwrite,
         retry_failed=retry_failed,
         fail_fast=fail_fast,
     )
 
 
-def _begin(plan: Plan, options: dict[str, Any], *, overwrite: bool) -> tuple[Plan, TorchPredictor]:
+def _begin(
+    plan: Plan, options: dict[str, Any], *, network: bool, overwrite: bool
+) -> tuple[Plan, TorchPredictor | None]:
     """Load the network and put the run on record; the plan has the model that was agreed on."""
     from wsi_pipeline.inference import TorchPredictor
 
     while True:
-        predictor = TorchPredictor.load(plan.bundle, **options)
+        predictor = TorchPredictor.load(plan.bundle, **options) if network else None
         model = {"name": plan.bundle.name, "sha256": plan.bundle.digest}
         if not plan.bundle.in_zoo:
             model["folder"] = str(plan.bundle.path.absolute())
@@ -259,6 +274,18 @@ def _begin(plan: Plan, options: dict[str, Any], *, overwrite: bool) -> tuple[Pla
             plan = plan.with_bundle(other)
         else:
             return plan, predictor
+
+
+def _summarize(out: Path) -> None:
+    """Write the summary of a run that is not one of several shards, which whoever gathers does."""
+    from wsi_pipeline.cohort import read_cohort
+    from wsi_pipeline.summary import write_summary
+
+    try:
+        write_summary(read_cohort(out))
+    except (OSError, WsiPipelineError) as error:
+        # The slides are done, and `wsi summary` makes up for it.
+        log.warning("no summary could be written: %s", error)
 
 
 def _frozen_bundle(out: Path, *, overwrite: bool) -> ModelBundle | None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -16,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from wsi_pipeline.errors import DiskFullError, Interrupted, JobError, WsiPipelineError
+from wsi_pipeline.durable import FULL, disk_errors
+from wsi_pipeline.errors import DiskFullError, Interrupted, SlideBusyError, WsiPipelineError
 from wsi_pipeline.job import (
     STAGES,
     RunReport,
@@ -28,9 +28,10 @@ from wsi_pipeline.job import (
     folder_facts,
     versions,
 )
+from wsi_pipeline.lease import Lease
 from wsi_pipeline.machine import peak_rss_mb, release_memory
 
-__all__ = ["Attempt", "record", "refuse"]
+__all__ = ["Attempt", "deaths", "record", "refuse"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,17 @@ logger = logging.getLogger(__name__)
 class Attempt:
     """One try at a slide: times its stages, logs its events, and fills its report.
 
-    It holds the lock of the slide (on its log file) until it is closed or the process ends.
+    It holds the lease of the slide until it is closed or the process ends.
 
     Raises:
-        JobError: another process is at work on the slide in the same results folder.
+        SlideBusyError: another process is at work on the slide in the same results folder.
+        DiskFullError, OSError: the folder cannot be written.
     """
 
     def __init__(self, job: SlideJob) -> None:
         self.job = job
-        self._lock = _lock(job)
+        with disk_errors(job.lease_path):
+            self._lease = Lease.take(job.lease_path)
         self.stage_name = "open"
         self._outer: str | None = None
         self.predicted_px = 0
@@ -86,6 +89,28 @@ class Attempt:
                 self.add_seconds(outer, -spent)
         self.stage_name = outer or name
         self.log("stage", stage=name, seconds=round(self.report.seconds[name], 3))
+
+    @property
+    def lost(self) -> bool:
+        """Whether another process has taken the slide over: nothing may be published."""
+        return self._lease.lost
+
+    def require_ours(self) -> None:
+        """Make sure that no other process has taken the slide over.
+
+        Raises:
+            SlideBusyError: one has, while this process gave no sign of life.
+        """
+        if self.lost:
+            msg = (
+                "this process was stopped for so long that another has taken the slide over, or "
+                "the results folder is gone; nothing of this try is kept"
+            )
+            raise SlideBusyError(msg)
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        """Note how far the slide is, for those who watch from elsewhere."""
+        self._lease.note(stage, done, total)
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Book time on a stage."""
@@ -146,14 +171,13 @@ class Attempt:
         report.peak_rss_mb = round(peak_rss_mb(), 1)
         report.finished = _now()
         try:
+            self.require_ours()
             report.write(self.job.report_path)
-        except (OSError, DiskFullError) as problem:
+        except (OSError, WsiPipelineError) as problem:
+            code, message = _explain(problem)
+            message = f"the report could not be written: {message}"
             report.status = "failed"
-            report.error = error or {
-                "code": DiskFullError.code,
-                "stage": "write",
-                "message": f"the report could not be written: {problem}",
-            }
+            report.error = error or {"code": code, "stage": "write", "message": message}
             logger.warning("%s: %s", self.job.slide_id, problem)
         self.log("end", status=report.status, error=report.error, seconds=report.seconds["total"])
         self.release()
@@ -161,8 +185,7 @@ class Attempt:
 
     def release(self) -> None:
         """Let other processes at the slide."""
-        if self._lock is not None:
-            self._lock.close()
+        self._lease.release()
 
 
 def record(attempt: Attempt, work: Callable[[], None], *, last: bool) -> RunReport | None:
@@ -208,6 +231,8 @@ def _explain(error: Exception) -> tuple[str, str]:
     """Return the stable code and the message of an error."""
     if isinstance(error, WsiPipelineError):
         return error.code, str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        return DiskFullError.code, f"no space is left: {error}"
     if isinstance(error, MemoryError):
         return "out_of_memory", "the host ran out of memory; use fewer --workers or smaller tiles"
     if isinstance(error, RuntimeError) and "allocate memory" in str(error):
@@ -215,42 +240,43 @@ def _explain(error: Exception) -> tuple[str, str]:
     return "internal", f"{type(error).__name__}: {error}"
 
 
+def deaths(job: SlideJob) -> int:
+    """Count the tries at this job, the last ones in a row, whose process was killed.
+
+    They left neither a word nor a finished block more than the try before.
+    """
+    died, finished, working = 0, 0, False
+    for event in _events(job):
+        if event.get("event") == "start":
+            if event.get("job_id") != job.job_id:
+                died, finished, working = 0, 0, False
+                continue
+            died, working = died + working, True
+        elif event.get("event") == "end":
+            died, working = 0, False
+        elif event.get("event") == "blocks" and event.get("done", 0) > finished:
+            # It came further than ever: the slide is not what kills.
+            finished, died = event["done"], 0
+    return died + working
+
+
 def _earlier_starts(job: SlideJob) -> int:
     """Count the tries at this job since it was last done."""
-    try:
-        text = job.log_path.read_text()
-    except OSError:
-        return 0
     starts = 0
-    for line in map(_parsed, text.splitlines()):
-        if line.get("event") == "start" and line.get("job_id") == job.job_id:
+    for event in _events(job):
+        if event.get("event") == "start" and event.get("job_id") == job.job_id:
             starts += 1
-        if line.get("event") == "end" and line.get("status") == "done":
+        if event.get("event") == "end" and event.get("status") == "done":
             starts = 0
     return starts
 
 
-def _lock(job: SlideJob) -> IO[str] | None:
-    """Lock a slide's log file against other processes; None where the file system cannot."""
+def _events(job: SlideJob) -> Iterator[dict[str, Any]]:
     try:
-        job.log_path.parent.mkdir(parents=True, exist_ok=True)
-        file = job.log_path.open("a")
+        text = job.log_path.read_text(errors="replace")
     except OSError:
-        return None  # nothing can be logged either; the first result to be written will tell
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        msg = (
-            f"another process is at work on {job.slide_id} in {job.out}; wait for it, or use "
-            "another --out"
-        )
-        raise JobError(msg) from error
-    except OSError as error:
-        logger.warning("%s: no locks on this file system: %s", job.slide_id, error)
-        file.close()
-        return None
-    return file
+        return
+    yield from map(_parsed, text.splitlines())
 
 
 def _parsed(line: str) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wsi_pipeline.durable import durable_file
+from wsi_pipeline.durable import durable_file, sweep_shared
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import versions
+from wsi_pipeline.lease import alone
 
 __all__ = [
     "SlideEntry",
@@ -159,25 +160,36 @@ def freeze_run(
             lack some of its slides.
     """
     before = read_run(out)
+    if before is not None and before == _merged_run(
+        out, before, entries, model, options, overwrite
+    ):
+        return  # as for nearly every shard
+    with alone(out / ".run.lease"):
+        sweep_shared(out / "run.json")
+        content = _merged_run(out, read_run(out), entries, model, options, overwrite)
+        with durable_file(out / "run.json") as beside:
+            beside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _merged_run(
+    out: Path,
+    before: Mapping[str, Any] | None,
+    entries: Sequence[SlideEntry],
+    model: Mapping[str, str],
+    options: Mapping[str, Any],
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Return what ``run.json`` should say after what it says now."""
     if before is not None and before["model"]["sha256"] != model["sha256"]:
         _require_all_again(out, before, entries, model, overwrite=overwrite)
     slides = {slide["slide_id"]: slide for slide in (before or {}).get("slides", [])}
     slides.update({entry.slide_id: asdict(entry) for entry in entries})
-    content = {
+    return {
         "slides": [slides[slide_id] for slide_id in sorted(slides)],
         "options": dict(options),
         "model": dict(model),
         "versions": versions(),
     }
-    if before == content:
-        return
-    try:
-        with durable_file(out / "run.json") as beside:
-            beside.write_text(json.dumps(content, indent=2) + "\n")
-            if before is None:
-                _claim(beside, out / "run.json")
-    except FileExistsError:  # another shard has just begun this run
-        freeze_run(out, entries, model=model, options=options, overwrite=overwrite)
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
@@ -226,16 +238,6 @@ def _require_all_again(
             "Name them too, so that all are done again, or use another --out."
         )
         raise JobError(msg)
-
-
-def _claim(beside: Path, path: Path) -> None:
-    """Give a finished file its name if that is free; raise ``FileExistsError`` if it is not."""
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: the last one decides
-        return
 
 
 def _require_file_name(entry: SlideEntry) -> None:

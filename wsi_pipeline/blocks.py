@@ -19,6 +19,7 @@ __all__ = [
     "begin_undecided",
     "check_input",
     "conv_unit",
+    "convolved",
     "cropped",
     "enlarged",
     "fold_batch_norms",
@@ -106,6 +107,13 @@ def summed(conv: nn.Module, x_BCHW: Tensor, plus_BCHW: Tensor) -> Tensor:
         return _fused(conv, x_BCHW, plus_BCHW, then=None)
     y_BCHW: Tensor = conv(x_BCHW)
     return y_BCHW.add_(plus_BCHW)
+
+
+def convolved(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+    """Return ``conv(x)``, on a CPU by the same library as :func:`rectified`."""
+    if _fuses(conv, x_BCHW):
+        return _fused(conv, x_BCHW, None, then=None)
+    return nn.Conv2d.forward(conv, x_BCHW)
 
 
 def _fused(conv: nn.Conv2d, x_BCHW: Tensor, plus_BCHW: Tensor | None, then: str | None) -> Tensor:

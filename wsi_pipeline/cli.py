@@ -25,6 +25,7 @@ from wsi_pipeline.command import (
     signals,
 )
 from wsi_pipeline.learning import evaluate_command, train_command
+from wsi_pipeline.watching import status_command, summary_command
 from wsi_pipeline.zoo import models_group
 
 if TYPE_CHECKING:
@@ -84,6 +85,12 @@ def wsi() -> None:
     default=True,
     show_default=True,
     help="Keep the zarr maps after the objects are written.",
+)
+@click.option(
+    "--only",
+    type=click.Choice(["maps", "objects"]),
+    help="Half of the work: 'maps' ends when the maps are complete; 'objects' makes the tables of "
+    "complete maps, without the network and whatever device made them.",
 )
 @click.option("--overwrite", is_flag=True, help="Do finished slides again.")
 @click.option(
@@ -167,7 +174,7 @@ def run(
         if log_format == "text":
             _print_end(reports, plan)
     exit_if_interrupted(caught)
-    if any(not report.done for report in reports):
+    if any(not report.as_asked for report in reports):
         raise SystemExit(EXIT_FAILED)
 
 
@@ -177,23 +184,8 @@ wsi.add_command(evaluate_command)
 wsi.add_command(models_group)
 wsi.add_command(annotate_command)
 wsi.add_command(bench_command)
-
-
-@wsi.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def status(folder: Path) -> None:
-    """Say of each slide of a run in FOLDER whether it is done, failed, interrupted or missing."""
-    from wsi_pipeline.describe import slide_states
-
-    with plain_errors():
-        states = slide_states(folder)
-    for state in states:
-        click.echo(f"{state.slide_id}\t{state.state}" + (f"\t{state.reason}" * bool(state.reason)))
-    totals = {
-        name: sum(s.state == name for s in states)
-        for name in ("done", "failed", "interrupted", "missing")
-    }
-    click.echo(f"{len(states)} slides: " + ", ".join(f"{n} {name}" for name, n in totals.items()))
+wsi.add_command(status_command)
+wsi.add_command(summary_command)
 
 
 @wsi.command()

@@ -1,45 +1,19 @@
-"""Plain words about files and folders: what they are, how far a run is, what it would do."""
+"""Plain words about files and folders: what they are, and what a run would do."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.api import Plan
-from wsi_pipeline.batch import parse_shard, read_run
-from wsi_pipeline.durable import partial_path
+from wsi_pipeline.batch import parse_shard
+from wsi_pipeline.cohort import state_of
 from wsi_pipeline.errors import JobError, WsiPipelineError
-from wsi_pipeline.job import SlideJob, finished_report, read_report
+from wsi_pipeline.job import SlideJob, finished_report
 
-__all__ = ["SlideState", "describe_file", "plan_lines", "slide_states"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlideState:
-    """How far one slide of a run is."""
-
-    slide_id: str
-    """Which slide."""
-    state: str
-    """``done``, ``failed``, ``interrupted`` or ``missing`` (never begun with the run's model)."""
-    reason: str = ""
-    """Why it failed, or whose results are there instead."""
-
-
-def slide_states(folder: Path) -> list[SlideState]:
-    """Return the state of every slide of the run in a results folder.
-
-    Raises:
-        JobError: the folder holds no run.
-    """
-    content = read_run(folder)
-    if content is None:
-        raise JobError(f"{folder} holds no run.json, so it is no results folder")
-    digest = str(content["model"]["sha256"])
-    return [_state_of(folder, str(slide["slide_id"]), digest) for slide in content["slides"]]
+__all__ = ["describe_file", "plan_lines"]
 
 
 def plan_lines(plan: Plan, shard: str | None, *, json_lines: bool = False) -> Iterator[str]:
@@ -84,8 +58,7 @@ def _planned(job: SlideJob) -> dict[str, Any]:
             facts["mpp"], facts["mpp_source"] = slide.pixel_size.x, slide.pixel_size.source
     except WsiPipelineError as error:
         facts["error"] = {"code": error.code, "message": str(error)}
-    state = _state_of(job.out, job.slide_id, job.model_digest).state
-    facts["state"] = "done" if finished_report(job) else state
+    facts["state"] = "done" if finished_report(job) else state_of(job).state
     return facts
 
 
@@ -112,19 +85,6 @@ def describe_file(name: str, *, mpp: float | None = None) -> list[str]:
         msg = f"{name} is a folder, but neither a model bundle nor a store of maps"
         raise JobError(msg)
     return list(_describe_slide(name, mpp))
-
-
-def _state_of(folder: Path, slide_id: str, model_digest: str) -> SlideState:
-    paths = SlideJob(path="", slide_id=slide_id, out=folder, model_name="", model_digest="")
-    report = read_report(paths.report_path)
-    if report is not None and report.model.get("sha256", model_digest) != model_digest:
-        reason = f"what is there is of model {report.model.get('name')}; run it again"
-        return SlideState(slide_id=slide_id, state="missing", reason=reason)
-    if report is not None:
-        return SlideState(slide_id=slide_id, state=report.status, reason=report.reason)
-    # Killed without a word: there are maps, but no claim that the slide is done.
-    begun = partial_path(paths.maps_path).exists() or paths.maps_path.exists()
-    return SlideState(slide_id=slide_id, state="interrupted" if begun else "missing")
 
 
 def _in_zoo(name: str) -> Path | None:

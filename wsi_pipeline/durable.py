@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -20,14 +21,22 @@ import psutil
 from wsi_pipeline.errors import DiskFullError
 
 __all__ = [
+    "FULL",
     "disk_errors",
     "durable_file",
+    "filesystem_time",
     "partial_path",
     "publish_directory",
     "remove_tree",
     "sweep",
+    "sweep_shared",
     "sync_tree",
 ]
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Numbers of the errors "no space left" and "quota exceeded"."""
+ABANDONED_S = 3600.0
+"""No process writes a small file for so long."""
 
 
 def partial_path(path: Path) -> Path:
@@ -43,7 +52,9 @@ def durable_file(path: Path) -> Iterator[Path]:
     under the final name, and goes on; "no space left" becomes :class:`DiskFullError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    # Unique among threads and containers, too, which may share the numbers of processes.
+    own = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    beside = path.with_name(f".{path.name}~{own}.partial")
     try:
         with disk_errors(path):
             yield beside
@@ -54,25 +65,54 @@ def durable_file(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, stem: str) -> None:
-    """Remove what killed processes of this host left beside the files of one name.
+def sweep(path: Path) -> None:
+    """Remove what earlier processes, on whatever host, left unfinished beside a name.
 
-    Args:
-        folder: where the files lie.
-        stem: the files' names without the last extension.
+    For whoever is alone at it. Work that is gone on with (:func:`partial_path`) stays.
     """
-    if not folder.is_dir():
+    if not path.parent.is_dir():
         return
-    trash = re.compile(rf"\.{re.escape(stem)}\.[^.]+(\.partial)?\.trash\.partial")
-    own = re.compile(
-        rf"\.{re.escape(stem)}\.[^.]+\.{re.escape(socket.gethostname())}\.(\d+)\.partial"
-    )
-    for path in folder.iterdir():
-        match = own.fullmatch(path.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            path.unlink(missing_ok=True)
-        elif trash.fullmatch(path.name):
-            shutil.rmtree(path)
+    name = re.escape(path.name)
+    unfinished = re.compile(rf"\.{name}~[^~]+\.partial")
+    removed = re.compile(rf"\.{name}(\.partial)?\.trash\.partial")
+    for beside in path.parent.iterdir():
+        if unfinished.fullmatch(beside.name):
+            beside.unlink(missing_ok=True)
+        elif removed.fullmatch(beside.name):
+            shutil.rmtree(beside)
+
+
+def sweep_shared(path: Path) -> None:
+    """Remove what ended processes left beside a name that many processes write, such as run.json.
+
+    Those of this host that run no more, and whatever nobody has touched for an hour.
+    """
+    if not path.parent.is_dir():
+        return
+    unfinished = re.compile(rf"\.{re.escape(path.name)}~([^~]+)\.(\d+)\.\w{{8}}\.partial")
+    for beside in path.parent.iterdir():
+        match = unfinished.fullmatch(beside.name)
+        if match is None:
+            continue
+        with suppress(FileNotFoundError):  # it was just finished
+            here = match[1] == socket.gethostname()
+            old = filesystem_time(path.parent) - beside.stat().st_mtime > ABANDONED_S
+            if old or (here and not psutil.pid_exists(int(match[2]))):
+                beside.unlink()
+
+
+def filesystem_time(folder: Path) -> float:
+    """Return what time it is by the clock that stamps files in a folder.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    probe = folder / f".clock~{uuid.uuid4().hex}.partial"
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def publish_directory(beside: Path, path: Path) -> None:
@@ -111,7 +151,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in FULL:
             msg = (
                 f"no space is left to write {path.name} in {path.parent}. "
                 "Free some space and run the same command again: finished work is kept."

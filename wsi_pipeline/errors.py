@@ -17,6 +17,7 @@
     ├── DatasetError                    internal (annotated images: nothing was trained on them)
     ├── RecipeError                     internal (what to train makes no sense)
     ├── JobError                        internal (mostly wrong use: nothing was started)
+    │   └── SlideBusyError              internal (another process is at work on the slide)
     └── Interrupted                     asked to stop: run the same command again
 
 A message says what was asked, what was found and what to do next.
@@ -36,6 +37,7 @@ __all__ = [
     "OutOfMemoryError",
     "RecipeError",
     "ResourceError",
+    "SlideBusyError",
     "SlideError",
     "StoreError",
     "TableError",
@@ -121,6 +123,10 @@ class RecipeError(WsiPipelineError):
 
 class JobError(WsiPipelineError):
     """What was asked makes no sense, or cannot be begun now; nothing was started."""
+
+
+class SlideBusyError(JobError):
+    """Another process is at work on a slide in the same results folder."""
 
 
 class Interrupted(WsiPipelineError):  # noqa: N818 - a request to stop, not a fault

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from wsi_pipeline.errors import Interrupted, StoreError
 from wsi_pipeline.geometry import PixelGrid
@@ -21,7 +20,7 @@ from wsi_pipeline.store import PredictionBlock, PredictionStore
 from wsi_pipeline.tiling import PANEL_PX, Tile, TileGrid
 from wsi_pipeline.tissue import TissueMask
 
-__all__ = ["Predictor", "fill_store", "lay_tiles", "open_store"]
+__all__ = ["Predictor", "fill_store", "lay_tiles", "open_store", "sealed_store"]
 
 WRITERS = 4
 """Threads that compress and write blocks beside a network on another device."""
@@ -80,17 +79,42 @@ def open_store(
     job: SlideJob, slide: Slide, tissue: TissueMask, tiles: TileGrid, predictor: Predictor
 ) -> PredictionStore:
     """Return the store of a job: the sealed one, the unfinished one, or a new one."""
-    identity = _maps_identity(job, tissue, predictor)
-    sealed = _sealed_store(job.maps_path, identity)
-    if sealed is not None:
-        return sealed
+    made = _made(job, tissue, predictor)
+    try:
+        store = PredictionStore.open(job.maps_path)
+        if store.meta["made"] == made:
+            return store
+    except (StoreError, KeyError):  # none, or of an earlier version of this package
+        pass
     return PredictionStore.create(
         job.maps_path,
         spec=predictor.spec,
         tiles=tiles,
         pixel_size=(slide.pixel_size.x, slide.pixel_size.y),
-        identity=identity,
+        made=made,
     )
+
+
+def sealed_store(job: SlideJob, tissue: TissueMask) -> PredictionStore:
+    """Return the complete maps of a job, whatever device, precision and tiles they were made with.
+
+    Raises:
+        StoreError: there are none.
+    """
+    try:
+        store = PredictionStore.open(job.maps_path)
+    except StoreError as error:
+        msg = f"{error} Make it with --only maps, or run without --only."
+        raise StoreError(msg) from error
+    wanted = {"job": job.job_id, "tissue": tissue.digest}
+    found = {name: store.meta.get("made", {}).get(name) for name in wanted}
+    if found != wanted:
+        msg = (
+            f"{job.maps_path} holds maps of another slide, pixel size, mask or model than asked "
+            "for now; make them again with --only maps, or run without --only"
+        )
+        raise StoreError(msg)
+    return store
 
 
 def fill_store(
@@ -150,26 +174,17 @@ def fill_store(
         raise RuntimeError(f"the predictor ended after {predicted} of {total} blocks")
 
 
-def _maps_identity(job: SlideJob, tissue: TissueMask, predictor: Predictor) -> str:
+def _made(job: SlideJob, tissue: TissueMask, predictor: Predictor) -> dict[str, Any]:
     """Name everything that decides the bytes of the maps."""
     known = versions()
-    parts = [
-        job.job_id,
-        predictor.device.partition(":")[0],
-        predictor.precision,
-        f"tile {predictor.tile_px}",
-        f"tissue {tissue.digest[:16]}",
-        *(f"{name} {known[name]}" for name in ("wsi-pipeline", "torch") if name in known),
-    ]
-    return ", ".join(parts)
-
-
-def _sealed_store(path: Path, identity: str) -> PredictionStore | None:
-    try:
-        store = PredictionStore.open(path)
-    except StoreError:
-        return None
-    return store if store.meta["identity"] == identity else None
+    return {
+        "job": job.job_id,
+        "device": predictor.device.partition(":")[0],
+        "precision": predictor.precision,
+        "tile_px": predictor.tile_px,
+        "tissue": tissue.digest,
+        "versions": {name: known[name] for name in ("wsi-pipeline", "torch") if name in known},
+    }
 
 
 def _clip(

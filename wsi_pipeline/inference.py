@@ -35,6 +35,7 @@ from wsi_pipeline.feeding import Batch, Feeder, WindowReader
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.memory import CANVASES, Demand, Sizes, fit_sizes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
+from wsi_pipeline.steady import keep_to_one_kernel
 from wsi_pipeline.store import PredictionBlock
 from wsi_pipeline.tiling import TileGrid
 
@@ -96,6 +97,7 @@ class TorchPredictor:
         # Side of the pieces in which a tile is computed; out-of-memory halves this, too.
         self._piece_px = tile_px
         fold_batch_norms(network)
+        keep_to_one_kernel(network)
         network = network.to(device=device, dtype=DTYPES[precision])
         self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

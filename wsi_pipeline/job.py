@@ -90,6 +90,11 @@ class SlideJob:
         """One JSON object a line, appended by every attempt."""
         return self.out / "logs" / f"{self.slide_id}.jsonl"
 
+    @property
+    def lease_path(self) -> Path:
+        """There while a process is at work on the slide."""
+        return self.out / "logs" / f"{self.slide_id}.lease"
+
     @cached_property
     def job_id(self) -> str:
         """Name of this job: changes when the slide, its mpp or mask, or the model changes."""
@@ -132,6 +137,8 @@ class RunReport:
     finished: str = ""
     host: str = ""
     restarts: int = 0
+    left: str = ""
+    """What was left to another run on purpose: ``objects``, after ``--only maps``."""
 
     @property
     def done(self) -> bool:
@@ -141,7 +148,14 @@ class RunReport:
     @property
     def reason(self) -> str:
         """One line on why the slide is not done, or done with a warning; or an empty string."""
+        if self.left:
+            return f"its maps are complete, its {self.left} are left to another run"
         return f"{self.error['code']}: {self.error['message']}" if self.error else ""
+
+    @property
+    def as_asked(self) -> bool:
+        """Whether all was done that this run was asked for."""
+        return self.done or bool(self.left)
 
     def write(self, path: Path) -> None:
         """Write the report; it appears under its name complete or not at all."""

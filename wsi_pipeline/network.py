@@ -54,6 +54,7 @@ from wsi_pipeline.lite import CerberusLite
 from wsi_pipeline.medt import MedT
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.stain import StainBaseline
+from wsi_pipeline.steady import settle_vector_math
 
 __all__ = ["INPUT_MULTIPLE", "Cerberus", "build_network"]
 
@@ -75,6 +76,7 @@ def build_network(spec: ModelSpec) -> nn.Module:
     Raises:
         ModelBundleError: unknown architecture, or options it does not take.
     """
+    settle_vector_math()  # before anything is computed on several threads
     architectures: dict[str, Callable[..., nn.Module]] = {
         "cerberus": Cerberus,
         "cerberus-lite": CerberusLite,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.drafting import ArrivingMaps, Draft
 from wsi_pipeline.durable import remove_tree
-from wsi_pipeline.filling import Predictor, fill_store, lay_tiles, open_store
+from wsi_pipeline.filling import Predictor, fill_store, lay_tiles, open_store, sealed_store
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import extract_objects, outline_polygons
 from wsi_pipeline.job import versions
@@ -35,9 +35,10 @@ from wsi_pipeline.slide import PixelSize, Slide
 from wsi_pipeline.spec import AnchorRules, PeakRules
 from wsi_pipeline.store import PredictionStore
 from wsi_pipeline.table import ObjectWriter, read_centroids, read_objects, write_tissue
+from wsi_pipeline.tiling import TileGrid
 from wsi_pipeline.tissue import TissueMask, detect_tissue, read_mask
 
-__all__ = ["Predicted", "Predictor", "polygonize", "predict"]
+__all__ = ["Predicted", "Predictor", "polygonize", "predict", "reopen"]
 
 TISSUE_MPP = 8.0
 """Pixel size of the thumbnail on which tissue is found, in micrometres."""
@@ -66,6 +67,11 @@ class Predicted:
     """Width and height of level 0."""
     pixel_size: PixelSize
     """Micrometres per level-0 pixel."""
+
+    def seal(self) -> None:
+        """Give the maps their final name without making tables of them."""
+        with closing(self.draft):
+            self.store.seal()
 
 
 def predict(
@@ -96,55 +102,55 @@ def predict(
     """
     job, report = attempt.job, attempt.report
     report.device, report.precision = predictor.device, predictor.precision
-    with attempt.stage("open"):
-        slide = Slide.open(job.path, mpp=job.mpp)
-    with slide:
-        size = slide.pixel_size
-        report.mpp = {"x": size.x, "y": size.y, "source": size.source}
-        with attempt.stage("tissue"):
-            tissue = _find_tissue(attempt, slide)
-        with attempt.stage("predict"):
-            tiles = lay_tiles(slide, tissue, predictor)
-            store = open_store(job, slide, tissue, tiles, predictor)
-            missing = store.missing(tiles)
-            maps = ArrivingMaps(store, missing)
-            objects = extract_objects(
-                maps,
-                slide_id=job.slide_id,
-                workers=workers,
-                stop=lambda: stop() or maps.given_up,
-                scratch=job.objects_path.parent,
-            )
-            draft = Draft(objects, maps, workers=workers)
-            done, total = len(tiles.tiles) - len(missing.tiles), len(tiles.tiles)
-            advance("predict", done, total)
-            filling = fill_store(
-                store,
-                missing,
-                slide=slide,
-                tissue=tissue,
-                predictor=predictor,
-                stop=stop,
-                wrote=maps.arrived,
-                warn=attempt.warn,
-            )
-            with draft.beside() if beside else nullcontext():
-                with closing(filling):
-                    for number, tile in enumerate(filling, start=done + 1):
-                        attempt.predicted_px += tile.write.area
-                        advance("predict", number, total)
-                _report_holes(attempt, store)
-                with attempt.stage("write"):
-                    picture, picture_grid = _take_picture(slide)
-        return Predicted(
-            store=store,
-            draft=draft,
+    with _opened(attempt) as (slide, tissue), attempt.stage("predict"):
+        tiles = lay_tiles(slide, tissue, predictor)
+        store = open_store(job, slide, tissue, tiles, predictor)
+        missing = store.missing(tiles)
+        maps = ArrivingMaps(store, missing)
+        draft = _draft(attempt, maps, workers=workers, stop=stop)
+        done, total = len(tiles.tiles) - len(missing.tiles), len(tiles.tiles)
+        attempt.log("blocks", done=done, total=total)
+        advance("predict", done, total)
+        filling = fill_store(
+            store,
+            missing,
+            slide=slide,
             tissue=tissue,
-            picture=picture,
-            picture_grid=picture_grid,
-            size=slide.size,
-            pixel_size=size,
+            predictor=predictor,
+            stop=stop,
+            wrote=maps.arrived,
+            warn=attempt.warn,
         )
+        with draft.beside() if beside else nullcontext():
+            with closing(filling):
+                for number, tile in enumerate(filling, start=done + 1):
+                    attempt.predicted_px += tile.write.area
+                    advance("predict", number, total)
+            return _predicted(attempt, slide, tissue, store, draft)
+
+
+def reopen(attempt: Attempt, *, workers: int, stop: Callable[[], bool]) -> Predicted:
+    """Open a slide whose maps another run has completed, by whatever device; needs no network.
+
+    Args:
+        attempt: the try at the slide.
+        workers: threads that extract objects.
+        stop: asked now and then.
+
+    Raises:
+        StoreError: there are no complete maps of this very job.
+        WsiPipelineError: the slide or its mask is not usable.
+    """
+    report = attempt.report
+    with _opened(attempt) as (slide, tissue), attempt.stage("predict"):
+        store = sealed_store(attempt.job, tissue)
+        made = store.meta["made"]
+        report.device, report.precision = made["device"], made["precision"]
+        none = TileGrid(
+            grid=store.grid, tile_px=store.tile_px, halo_px=store.meta["halo_px"], tiles=()
+        )
+        draft = _draft(attempt, ArrivingMaps(store, none), workers=workers, stop=stop)
+        return _predicted(attempt, slide, tissue, store, draft)
 
 
 def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> None:
@@ -168,6 +174,7 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
         metadata["oversized"] = objects.oversized
         report.counts = {h.object_kind or h.name: 0 for h in predicted.store.spec.object_heads}
         report.counts.update(table.counts)
+        attempt.require_ours()
         # The table appears when this block ends: after the maps, so that it never stands alone.
         store = predicted.store.seal()
     if objects.oversized:
@@ -181,6 +188,50 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
             attempt.add_output(job.maps_path)
         else:
             remove_tree(job.maps_path)
+
+
+@contextmanager
+def _opened(attempt: Attempt) -> Iterator[tuple[Slide, TissueMask]]:
+    """Open the slide of an attempt and find its tissue."""
+    job = attempt.job
+    with attempt.stage("open"):
+        slide = Slide.open(job.path, mpp=job.mpp)
+    with slide:
+        size = slide.pixel_size
+        attempt.report.mpp = {"x": size.x, "y": size.y, "source": size.source}
+        with attempt.stage("tissue"):
+            tissue = _find_tissue(attempt, slide)
+        yield slide, tissue
+
+
+def _draft(
+    attempt: Attempt, maps: ArrivingMaps, *, workers: int, stop: Callable[[], bool]
+) -> Draft:
+    objects = extract_objects(
+        maps,
+        slide_id=attempt.job.slide_id,
+        workers=workers,
+        stop=lambda: stop() or maps.given_up,
+        scratch=attempt.job.objects_path.parent,
+    )
+    return Draft(objects, maps, workers=workers)
+
+
+def _predicted(
+    attempt: Attempt, slide: Slide, tissue: TissueMask, store: PredictionStore, draft: Draft
+) -> Predicted:
+    _report_holes(attempt, store)
+    with attempt.stage("write"):
+        picture, picture_grid = _take_picture(slide)
+    return Predicted(
+        store=store,
+        draft=draft,
+        tissue=tissue,
+        picture=picture,
+        picture_grid=picture_grid,
+        size=slide.size,
+        pixel_size=slide.pixel_size,
+    )
 
 
 def _take_picture(slide: Slide) -> tuple[NDArray[np.uint8], PixelGrid]:
@@ -244,7 +295,8 @@ def _metadata(attempt: Attempt, predicted: Predicted) -> dict[str, Any]:
             "classes": {head.name: list(head.classes) for head in store.spec.heads if head.classes},
         },
         "options": {
-            "device": attempt.report.device,
+            # Which of several alike it was makes no difference.
+            "device": (attempt.report.device or "").partition(":")[0],
             "precision": attempt.report.precision,
             "tile_px": store.tile_px,
             "working_mpp": [

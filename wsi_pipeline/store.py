@@ -106,7 +106,7 @@ class PredictionStore:
         spec: ModelSpec,
         tiles: TileGrid,
         pixel_size: tuple[float, float],
-        identity: str,
+        made: Mapping[str, Any],
     ) -> PredictionStore:
         """Make the template of a store, or go on with the one the same job left unfinished.
 
@@ -115,8 +115,8 @@ class PredictionStore:
             spec: the model.
             tiles: the lattice of write boxes; a chunk never crosses one.
             pixel_size: micrometres per level-0 pixel, x and y.
-            identity: whatever decides the bytes of the maps; unfinished work of another
-                identity is thrown away.
+            made: whatever decides the bytes of the maps, as plain values; unfinished work that
+                was made otherwise is thrown away.
         """
         beside = partial_path(path)
         meta = {
@@ -129,7 +129,7 @@ class PredictionStore:
             "mpp": list(pixel_size),
             "tile_px": tiles.tile_px,
             "halo_px": tiles.halo_px,
-            "identity": identity,
+            "made": dict(made),
         }
         with disk_errors(path):
             if beside.exists():

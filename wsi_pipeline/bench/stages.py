@@ -185,7 +185,7 @@ def _maps(subject: Subject) -> Stage:
                 spec=subject.maps.spec,
                 tiles=subject.tiles,
                 pixel_size=subject.pixel_size,
-                identity="bench",
+                made={"by": "bench"},
             )
         for block in _blocks(subject):
             with watch.running():

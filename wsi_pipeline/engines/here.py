@@ -6,21 +6,28 @@ are made, and finishes its tables while the next slide is predicted.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
-from wsi_pipeline.attempt import Attempt, record, refuse
+from wsi_pipeline.attempt import Attempt, deaths, record, refuse
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
-from wsi_pipeline.errors import JobError
+from wsi_pipeline.errors import SlideBusyError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
-from wsi_pipeline.pipeline import Predicted, polygonize, predict
+from wsi_pipeline.pipeline import Predicted, polygonize, predict, reopen
 
-__all__ = ["Watcher", "run_slides"]
+__all__ = ["Only", "Watcher", "run_slides"]
+
+Only = Literal["maps", "objects"]
+"""A half of the work: what needs the network, or what needs none."""
+MOST_DEATHS = 3
+"""A slide at which the process was killed so often in a row is given up."""
+ASK_AGAIN_S = 1.0
+"""How often to look whether another process has done with a slide."""
 
 
 class Watcher(Protocol):
@@ -37,11 +44,12 @@ class Watcher(Protocol):
 
 
 def run_slides(
-    jobs: Sequence[SlideJob],
-    predictor: Predictor,
+    jobs: Iterable[SlideJob],
+    predictor: Predictor | None,
     *,
     watcher: Watcher,
     stop: Callable[[], bool],
+    only: Only | None = None,
     workers: int = 1,
     overwrite: bool = False,
     retry_failed: bool = True,
@@ -49,12 +57,15 @@ def run_slides(
 ) -> list[RunReport]:
     """Run slides; a slide that fails becomes a report and the others go on.
 
+    A slide that another process is at work on comes last, when that process has done with it.
+
     Args:
-        jobs: one a slide.
-        predictor: the network.
+        jobs: one a slide; asked for one by one, when the next slide can be begun.
+        predictor: the network; None with ``only="objects"``.
         watcher: told what goes on.
         stop: polled often; once it is true, running slides are interrupted, keep their
             finished blocks, and no further slide is begun.
+        only: ``maps`` ends each slide when its maps are complete, ``objects`` begins it there.
         workers: threads that extract objects.
         overwrite: do finished slides again, from the beginning.
         retry_failed: try slides again that failed before in the same way as asked now.
@@ -67,6 +78,7 @@ def run_slides(
         predictor=predictor,
         watcher=watcher,
         stop=stop,
+        only=only,
         workers=workers,
         overwrite=overwrite,
         retry_failed=retry_failed,
@@ -75,10 +87,10 @@ def run_slides(
     # One slide at most waits for its tables, so memory stays bounded.
     allowed = 1 if run.beside else 0
     pending: deque[Future[None]] = deque()
+    asked: list[str] = []
     with ThreadPoolExecutor(1, thread_name_prefix="objects") as objects:
-        for job in jobs:
-            if run.enough():
-                break
+        for job in run.in_turn(jobs):
+            asked.append(job.slide_id)
             half = run.first_half(job)
             if half is not None:
                 pending.append(objects.submit(run.second_half, job, *half))
@@ -86,39 +98,63 @@ def run_slides(
                 pending.popleft().result()
         for future in pending:
             future.result()
-    return [run.reports[job.slide_id] for job in jobs if job.slide_id in run.reports]
+    return [run.reports[name] for name in dict.fromkeys(asked) if name in run.reports]
 
 
 @dataclass(kw_only=True)
 class _Run:
     """The state of one call of :func:`run_slides`."""
 
-    predictor: Predictor
+    predictor: Predictor | None
     watcher: Watcher
     stop: Callable[[], bool]
+    only: Only | None
     workers: int
     overwrite: bool
     retry_failed: bool
     fail_fast: bool
     reports: dict[str, RunReport] = field(default_factory=dict)
+    busy: dict[SlideJob, SlideBusyError] = field(default_factory=dict)
 
     @property
     def beside(self) -> bool:
         """Whether objects are extracted while the network works, on a device of its own."""
-        return self.predictor.device != "cpu"
+        return self.predictor is not None and self.predictor.device != "cpu"
 
     def enough(self) -> bool:
         """Whether no further slide is to be begun."""
         # A copy: the other thread may add a report meanwhile.
-        failed = self.fail_fast and any(not report.done for report in list(self.reports.values()))
+        failed = self.fail_fast and any(
+            not report.as_asked for report in list(self.reports.values())
+        )
         return failed or self.stop()
+
+    def in_turn(self, jobs: Iterable[SlideJob]) -> Iterator[SlideJob]:
+        """Yield the jobs that are to be begun; those of other processes once these let go."""
+        for job in jobs:
+            if self.enough():
+                return
+            yield job
+        while self.busy and not self.enough():
+            time.sleep(ASK_AGAIN_S)
+            for job in list(self.busy):
+                if self.enough():
+                    break
+                self.watcher.advance(job, "waiting for another process", 0, 0)
+                del self.busy[job]
+                yield job
+        for job, error in self.busy.items():
+            self._finish(job, refuse(job, error))
 
     def first_half(self, job: SlideJob) -> tuple[Attempt, Predicted] | None:
         """Predict a slide; None when it has ended: settled before, failed or interrupted."""
         try:
             attempt = self._begin(job)
-        except (OSError, JobError) as error:
-            # Its files are of no use, or another process is at it; other slides may go well.
+        except SlideBusyError as error:
+            self.busy[job] = error
+            return None
+        except (OSError, WsiPipelineError) as error:
+            # Its files are of no use; other slides may go well.
             self._finish(job, refuse(job, error))
             return None
         if attempt is None:
@@ -126,44 +162,89 @@ class _Run:
         result: list[Predicted] = []
 
         def work() -> None:
-            advance = partial(self.watcher.advance, job)
-            predicted = predict(
-                attempt,
-                self.predictor,
-                workers=self.workers,
-                beside=self.beside,
-                stop=self.stop,
-                advance=advance,
-            )
+            self._require_survivor(job)
+            predicted = self._predict(attempt)
+            if self.only == "maps":
+                with attempt.stage("write"):
+                    attempt.require_ours()
+                    predicted.seal()
+                attempt.report.left = "objects"
             result.append(predicted)
 
         report = record(attempt, work, last=False)
+        if report is None and self.only == "maps":
+            report = attempt.close("interrupted")
         if report is not None:
             self._finish(job, report)
             return None
         return attempt, result[0]
 
+    def _predict(self, attempt: Attempt) -> Predicted:
+        stop = self._stop_for(attempt)
+        if self.predictor is None:
+            return reopen(attempt, workers=self.workers, stop=stop)
+        return predict(
+            attempt,
+            self.predictor,
+            workers=self.workers,
+            beside=self.beside and self.only is None,
+            stop=stop,
+            advance=self._advance_for(attempt),
+        )
+
     def _begin(self, job: SlideJob) -> Attempt | None:
-        finished = finished_report(job)
-        if not self.overwrite:
-            settled = finished or (None if self.retry_failed else _failed_report(job))
-            if settled is not None:
-                if not job.keep_maps:
-                    remove_tree(job.maps_path)
-                self._finish(job, settled, skipped=True)
-                return None
-        self.watcher.start(job)
+        settled = self._settled(job)
+        if settled is not None:
+            if not job.keep_maps:
+                remove_tree(job.maps_path)
+            self._finish(job, settled, skipped=True)
+            return None
         attempt = Attempt(job)
-        # Only what was finished is thrown away: an interrupted --overwrite goes on.
-        _clear(job, maps=self.overwrite and finished is not None)
+        self.watcher.start(job)
+        try:
+            # Only what was finished is thrown away: an interrupted --overwrite goes on.
+            _clear(job, maps=self.overwrite and finished_report(job) is not None)
+        except BaseException:
+            attempt.release()
+            raise
         return attempt
+
+    def _settled(self, job: SlideJob) -> RunReport | None:
+        """Return the report of a slide on which nothing is left to be done."""
+        failed = _failed_report(job)
+        if self.only == "objects" and failed is not None and not job.maps_path.exists():
+            return failed  # why there are no maps is worth more than that there are none
+        if self.overwrite:
+            return None
+        return finished_report(job) or (None if self.retry_failed else failed)
+
+    def _require_survivor(self, job: SlideJob) -> None:
+        # This try has left its own "start" in the log.
+        died = deaths(job) - 1
+        if died >= MOST_DEATHS:
+            msg = (
+                f"the process was killed {died} times in a row while it was at this slide, and "
+                "left no word: often that is the system, for want of memory (give the job more, "
+                "or use --memory), or a fault of a library. Its log says where it was. Run the "
+                "same command again to try it again."
+            )
+            raise WsiPipelineError(msg)
+
+    def _stop_for(self, attempt: Attempt) -> Callable[[], bool]:
+        return lambda: self.stop() or attempt.lost
+
+    def _advance_for(self, attempt: Attempt) -> Callable[[str, int, int], None]:
+        def advance(stage: str, done: int, total: int) -> None:
+            attempt.advance(stage, done, total)
+            self.watcher.advance(attempt.job, stage, done, total)
+
+        return advance
 
     def second_half(self, job: SlideJob, attempt: Attempt, predicted: Predicted) -> None:
         """Write the tables of a predicted slide."""
 
         def work() -> None:
-            advance = partial(self.watcher.advance, job)
-            polygonize(attempt, predicted, advance=advance)
+            polygonize(attempt, predicted, advance=self._advance_for(attempt))
 
         report = record(attempt, work, last=True)
         assert report is not None  # the last part always ends in a report
@@ -201,5 +282,6 @@ def _clear(job: SlideJob, *, maps: bool) -> None:
         job.preview_path,
         job.maps_path,
         job.report_path,
+        job.lease_path,
     ):
-        sweep(path.parent, job.slide_id)
+        sweep(path)

@@ -1,0 +1,161 @@
+"""How far the slides of a run are, told from its files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from cohort_fixtures import begin, job, lease, report
+
+from wsi_pipeline import cohort
+from wsi_pipeline.cohort import read_cohort, slide_states
+from wsi_pipeline.durable import partial_path
+from wsi_pipeline.errors import JobError
+from wsi_pipeline.lease import DEAD_AFTER_S
+
+
+def states(out, **how):
+    return {own.slide_id: (own.state, own.reason) for own in read_cohort(out, **how).states}
+
+
+def test_every_state_has_its_name_and_reason(tmp_path):
+    begin(tmp_path, *"abcdefgh")
+    report(tmp_path, "a")
+    why = {"code": "missing_mpp", "stage": "open", "message": "say it"}
+    report(tmp_path, "b", "failed", error=why)
+    report(tmp_path, "c", "interrupted")
+    lease(tmp_path, "d", age_s=DEAD_AFTER_S - 60, job="77", stage="predict", done=3, total=4)
+    lease(tmp_path, "e", age_s=DEAD_AFTER_S + 60)
+    partial_path(job(tmp_path, "f").maps_path).mkdir(parents=True)
+    report(tmp_path, "g", "interrupted", left="objects")
+    found = read_cohort(tmp_path)
+    assert states(tmp_path) == {
+        "a": ("done", ""),
+        "b": ("failed", "missing_mpp: say it"),
+        "c": ("interrupted", ""),
+        "d": ("running", "by process 5 on node7 (Slurm job 77)"),
+        "e": ("interrupted", "process 5 on node7 ended without a word"),
+        "f": ("interrupted", ""),
+        "g": ("interrupted", "its maps are complete, its objects are left to another run"),
+        "h": ("missing", ""),
+    }
+    assert found.totals == {"done": 1, "running": 1, "interrupted": 4, "missing": 1, "failed": 1}
+    by_id = {own.slide_id: own for own in found.states}
+    assert by_id["d"].fraction == 0.75
+    assert found.age_s(by_id["d"]) == pytest.approx(60, abs=30)
+    assert found.age_s(by_id["e"]) == pytest.approx(180, abs=30)
+    assert not found.local_clock
+    assert not [name for name in os.listdir(tmp_path / "logs") if "clock" in name]
+
+
+def test_a_slide_that_is_done_again_is_running_not_done(tmp_path):
+    begin(tmp_path, "a", "b", "c")
+    report(tmp_path, "a", "failed", error={"code": "internal", "stage": "open", "message": "x"})
+    lease(tmp_path, "a")
+    report(tmp_path, "b")
+    lease(tmp_path, "b")  # its process is about to let go
+    report(tmp_path, "c")
+    lease(tmp_path, "c", age_s=DEAD_AFTER_S + 1)  # killed in between
+    assert [own.state for own in slide_states(tmp_path)] == ["running", "done", "done"]
+
+
+def test_what_a_report_claims_must_be_there(tmp_path):
+    begin(tmp_path, "a", "b", "c", "d")
+    for name in "abcd":
+        report(tmp_path, name)
+    job(tmp_path, "b").objects_path.unlink()
+    job(tmp_path, "c").objects_path.write_bytes(b"half")
+    table = job(tmp_path, "d").objects_path
+    table.write_bytes(table.read_bytes()[::-1])
+    found = states(tmp_path)
+    assert found["b"] == ("missing", "its table is gone: objects/b.parquet")
+    assert found["c"][0] == "missing"
+    assert found["c"][1] == "objects/c.parquet has 4 bytes, not the 10 of its report"
+    assert (found["a"][0], found["d"][0]) == ("done", "done")
+    found = states(tmp_path, verify=True)
+    assert found["a"][0] == "done"
+    assert found["d"] == (
+        "missing",
+        "the bytes of objects/d.parquet are not those of its report (SHA-256)",
+    )
+
+
+def test_maps_may_be_dropped_but_must_not_be_spoilt(tmp_path):
+    begin(tmp_path, "a")
+    report(tmp_path, "a")
+    path = job(tmp_path, "a").report_path
+    content = json.loads(path.read_text())
+    content["outputs"]["maps/a.zarr"] = {"bytes": 9, "sha256": "0"}
+    path.write_text(json.dumps(content))
+    assert states(tmp_path, verify=True)["a"][0] == "done"
+    (tmp_path / "maps" / "a.zarr").mkdir(parents=True)
+    assert states(tmp_path)["a"][0] == "done"
+    assert states(tmp_path, verify=True)["a"][0] == "missing"
+
+
+def test_a_report_of_another_model_or_pixel_size_is_none(tmp_path):
+    begin(tmp_path, "a", "b")
+    begin(tmp_path, "c", mpp=0.5)
+    report(tmp_path, "a", model={"name": "n", "sha256": "6" * 64})
+    report(tmp_path, "b", mpp={"x": 0.4, "y": 0.4, "source": "argument"})
+    report(tmp_path, "c", mpp={"x": 0.5, "y": 0.5, "source": "argument"})
+    found = states(tmp_path)
+    assert found["a"] == ("missing", "what is there is of model n; run it again")
+    assert found["b"] == ("missing", "what is there is of another pixel size; run it again")
+    assert found["c"] == ("done", "")
+
+
+def test_a_broken_report_spoils_one_slide_alone(tmp_path):
+    begin(tmp_path, "a", "b", "c")
+    report(tmp_path, "a")
+    job(tmp_path, "b").report_path.write_text("{")
+    job(tmp_path, "c").report_path.write_text(
+        json.dumps({"slide_id": "c", "path": "", "job_id": "", "status": "wonderful"})
+    )
+    assert [own.state for own in slide_states(tmp_path)] == ["done", "missing", "missing"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(JobError, match=r"no run\.json"):
+        read_cohort(tmp_path)
+
+
+def test_where_nothing_can_be_written_the_own_clock_must_do(tmp_path, monkeypatch):
+    begin(tmp_path, "a")
+    lease(tmp_path, "a", age_s=30)
+
+    def refuse(_folder):
+        raise OSError(30, "read-only")
+
+    monkeypatch.setattr(cohort, "filesystem_time", refuse)
+    found = read_cohort(tmp_path)
+    assert found.local_clock
+    assert found.states[0].state == "running"
+
+
+def test_a_killed_process_is_interrupted_and_a_held_one_is_running(tmp_path):
+    """Real processes: one that is stopped still lives, one that is killed does not."""
+    begin(tmp_path, "a")
+    code = (
+        "import sys, time; from pathlib import Path; from wsi_pipeline.lease import Lease\n"
+        "held = Lease.take(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    )
+    path = job(tmp_path, "a").lease_path
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            process.send_signal(signal.SIGSTOP)
+            assert states(tmp_path)["a"][0] == "running"
+            old = path.stat().st_mtime - DEAD_AFTER_S - 180
+            os.utime(path, (old, old))
+            own = read_cohort(tmp_path)
+            assert own.states[0].state == "interrupted"
+            assert own.age_s(own.states[0]) >= DEAD_AFTER_S + 180
+            os.utime(path)
+            assert states(tmp_path)["a"][0] == "running"
+        finally:
+            process.kill()
+    assert states(tmp_path)["a"][0] == "interrupted"

@@ -1,0 +1,171 @@
+"""Who is at work on a slide: one process, on whatever machine, as long as it lives."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from wsi_pipeline import lease
+from wsi_pipeline.durable import filesystem_time
+from wsi_pipeline.errors import SlideBusyError
+from wsi_pipeline.lease import DEAD_AFTER_S, Lease, alone, read_holder
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "logs" / "a.lease"
+
+
+def left_behind(path, *, age_s=0.0, **facts):
+    """A lease as a process of another machine leaves it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    elsewhere = {"host": "node7", "machine": "node7 x y", "pid": 5, "born": 1.0, "job": None}
+    path.write_text(json.dumps({**elsewhere, "restart": 0, **facts}))
+    now = path.stat().st_mtime
+    os.utime(path, (now - age_s, now - age_s))
+    return path
+
+
+def test_one_holder_at_a_time(path):
+    held = Lease.take(path)
+    with pytest.raises(SlideBusyError, match=f"process {os.getpid()} on"):
+        Lease.take(path)
+    held.release()
+    held.release()
+    assert os.listdir(path.parent) == []
+    Lease.take(path).release()
+
+
+def test_of_many_who_ask_at_once_one_gets_it(path):
+    left_behind(path, age_s=DEAD_AFTER_S + 1)  # one to be taken over, too
+    got, refused, start = [], [], threading.Barrier(8)
+
+    def ask():
+        start.wait()
+        try:
+            got.append(Lease.take(path))
+        except SlideBusyError:
+            refused.append(1)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 7)
+    assert not got[0].lost
+    got[0].release()
+    assert os.listdir(path.parent) == []
+
+
+def test_a_killed_process_of_this_machine_is_known_to_be_dead(path):
+    code = f"from pathlib import Path; from wsi_pipeline.lease import Lease; import os, signal; " \
+        f"Lease.take(Path({str(path)!r})); os.kill(os.getpid(), signal.SIGKILL)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert read_holder(path).has_ended
+    Lease.take(path).release()
+
+
+def test_another_process_of_the_same_number_is_not_the_holder(path):
+    Lease.take(path)
+    own = read_holder(path)
+    assert not own.has_ended
+    facts = {**own.facts, "born": own.facts["born"] - 100}
+    path.write_text(json.dumps(facts))
+    assert read_holder(path).has_ended
+
+
+def test_elsewhere_the_last_sign_of_life_decides(path):
+    left_behind(path, age_s=DEAD_AFTER_S - 30)
+    with pytest.raises(SlideBusyError, match="process 5 on node7, last alive 90 s ago"):
+        Lease.take(path)
+    left_behind(path, age_s=DEAD_AFTER_S + 1)
+    Lease.take(path).release()
+
+
+def test_a_job_that_slurm_started_again_takes_over_at_once(path, monkeypatch):
+    left_behind(path, job="77", restart=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(SlideBusyError, match="Slurm job 77"):
+        Lease.take(path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    Lease.take(path).release()
+
+
+def test_a_wrong_local_clock_makes_nobody_dead(path, monkeypatch):
+    left_behind(path)
+    monkeypatch.setattr(time, "time", lambda: 9e9)
+    with pytest.raises(SlideBusyError):
+        Lease.take(path)
+    assert filesystem_time(path.parent) == pytest.approx(path.stat().st_mtime, abs=60)
+
+
+def test_who_was_taken_over_knows_and_leaves_the_new_lease_alone(path):
+    slow = Lease.take(path)
+    assert not slow.lost
+    path.unlink()
+    new = Lease.take(path)
+    assert slow.lost
+    assert not new.lost
+    slow.release()
+    assert not new.lost
+    new.release()
+    assert not path.exists()
+
+
+def test_signs_of_life_and_progress_reach_the_file(path, monkeypatch):
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
+    held = Lease.take(path)
+    os.utime(path, (0, 0))
+    held.note("predict", 7, 40)
+    deadline = time.monotonic() + 20
+    while read_holder(path).facts["stage"] != "predict" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    holder = read_holder(path)
+    assert (holder.facts["done"], holder.facts["total"]) == (7, 40)
+    assert holder.beat > 0
+    held.release()
+    assert read_holder(path) is None
+
+
+def test_a_lease_that_is_not_written_yet_is_a_holder_of_no_name(path):
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert not read_holder(path).has_ended
+    with pytest.raises(SlideBusyError):
+        Lease.take(path)
+
+
+def test_a_full_disk_leaves_no_lease(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="full"):
+        Lease.take(path)
+    assert os.listdir(path.parent) == []
+
+
+def test_one_after_another_does_what_only_one_may_do(path):
+    inside, most = [], []
+
+    def work():
+        with alone(path):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5
+    assert os.listdir(path.parent) == []

@@ -1,0 +1,274 @@
+"""Who is at work on a slide: a file that one process owns and keeps alive.
+
+::
+
+    logs/<slide_id>.lease     {"host": ..., "pid": ..., "stage": "predict", "done": 7, "total": 40}
+
+The file is created exclusively, which every file system does atomically (NFS, too), and written
+anew every few seconds while the process lives. So a process on another machine can tell work
+from wreckage, and ``wsi status`` how far a slide is. Ages are differences of times that the
+file system itself noted, never of two machines' clocks.
+
+A process that was stopped for so long that another took its slide over finds its file gone
+(:attr:`Lease.lost`), and must not publish anything any more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from wsi_pipeline.durable import filesystem_time
+from wsi_pipeline.errors import SlideBusyError
+
+__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "alone", "read_holder"]
+
+HEARTBEAT_S = 10.0
+"""How often a lease is written anew."""
+DEAD_AFTER_S = 120.0
+"""Without a sign of life for so long, a process that cannot be asked counts as dead."""
+_BYTES = 1024
+"""Size of the file: always the same, so that a write needs no space and is never seen in part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that holds a lease, as its file tells."""
+
+    facts: Mapping[str, Any]
+    """``host``, ``machine``, ``pid``, ``born``, ``job``, ``restart``, ``since``, ``stage``,
+    ``done``, ``total``."""
+    beat: float
+    """When it was last alive, in seconds of the file system's clock."""
+
+    @property
+    def name(self) -> str:
+        """The process in words."""
+        job = self.facts.get("job")
+        return f"process {self.facts.get('pid')} on {self.facts.get('host')}" + (
+            f" (Slurm job {job})" if job else ""
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to be gone: asked of this machine, or told by Slurm."""
+        facts = self.facts
+        if facts.get("machine") == _machine():
+            try:
+                born = psutil.Process(int(facts["pid"])).create_time()
+            except (psutil.Error, KeyError, TypeError, ValueError):
+                return True
+            return bool(abs(born - float(facts.get("born", born))) > 1)
+        job, restart = _slurm_job()
+        # Slurm starts a task again only when the start before it has ended.
+        same = job is not None and facts.get("job") == job
+        return same and int(facts.get("restart", 0)) < restart
+
+
+class Lease:
+    """A slide that this process works on, until :meth:`release` or its end."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        """Use :meth:`take`."""
+        self._path = path
+        self._descriptor = descriptor
+        self._inode = os.fstat(descriptor).st_ino
+        self._facts = _own_facts()
+        self._ended = threading.Event()
+        self._writing = threading.Lock()
+        self._lost = False
+        self._write()
+        self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, path: Path) -> Lease:
+        """Take a lease that is free, or whose holder is dead.
+
+        Args:
+            path: the lease's file; its folder is made.
+
+        Raises:
+            SlideBusyError: another process is at work.
+            OSError: the folder cannot be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            except FileExistsError:
+                _remove_if_dead(path)
+                continue
+            try:
+                return cls(path, descriptor)
+            except BaseException:  # a full disk: an empty lease would be nobody's
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+                raise
+
+    @property
+    def lost(self) -> bool:
+        """Whether another process has taken the slide over, or the folder is gone."""
+        with self._writing:
+            if not self._lost and not self._ended.is_set():
+                self._lost = not self._is_ours()
+            return self._lost
+
+    def note(self, stage: str, done: int, total: int) -> None:
+        """Say how far the work is; others see it with the next sign of life."""
+        self._facts |= {"stage": stage, "done": done, "total": total}
+
+    def release(self) -> None:
+        """Let others at the slide; may be called twice."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join()
+        with self._writing:
+            if self._is_ours():
+                self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+
+    def _live(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            with self._writing, suppress(OSError):  # a server that is away may come back
+                self._write()
+
+    def _write(self) -> None:
+        text = json.dumps(self._facts)
+        os.pwrite(self._descriptor, text.encode().ljust(_BYTES - 1)[: _BYTES - 1] + b"\n", 0)
+
+    def _is_ours(self) -> bool:
+        # No other file has this number while ours is open.
+        return _is_at(self._path, self._inode)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Do something short that only one process at a time may do; wait for the others.
+
+    Args:
+        path: of the lease.
+
+    Raises:
+        SlideBusyError: another process does not come to an end.
+    """
+    patience = time.monotonic() + 1.5 * DEAD_AFTER_S
+    while True:
+        try:
+            lease = Lease.take(path)
+            break
+        except SlideBusyError:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Return who holds a lease; None where nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return _holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Take the lease of a dead process away; of several who try at once, one does.
+
+    Raises:
+        SlideBusyError: its process lives.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return  # released meanwhile
+    try:
+        with suppress(OSError):  # no locks here: a process that is robbed sees that it lost
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        holder = _holder(descriptor)
+        age = filesystem_time(path.parent) - holder.beat
+        if not holder.has_ended and age < DEAD_AFTER_S:
+            msg = (
+                f"another process is at work: {holder.name}, last alive {max(0, age):.0f} s ago. "
+                f"Wait for it, or use another --out; a process that is not heard of for "
+                f"{DEAD_AFTER_S:.0f} s counts as dead."
+            )
+            raise SlideBusyError(msg)
+        if _is_at(path, os.fstat(descriptor).st_ino):  # and nobody else's new one
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> Holder:
+    try:
+        facts = json.loads(os.pread(descriptor, _BYTES, 0))
+    except ValueError:  # created, and not yet written
+        facts = {}
+    beat = os.fstat(descriptor).st_mtime
+    return Holder(facts=facts if isinstance(facts, dict) else {}, beat=beat)
+
+
+def _is_at(path: Path, inode: int) -> bool:
+    try:
+        return path.stat().st_ino == inode
+    except OSError:
+        return False
+
+
+def _own_facts() -> dict[str, Any]:
+    job, restart = _slurm_job()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "born": psutil.Process().create_time(),
+        "job": job,
+        "restart": restart,
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stage": "open",
+        "done": 0,
+        "total": 0,
+    }
+
+
+def _slurm_job() -> tuple[str | None, int]:
+    """Return the number of this Slurm job and how often it was started again."""
+    try:
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    except ValueError:
+        restart = 0
+    return os.environ.get("SLURM_JOB_ID"), restart
+
+
+def _machine() -> str:
+    """Name the place where process numbers mean the same as here.
+
+    Containers may bear their host's name and number their processes anew.
+    """
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # no Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))  # noqa: PTH115 - no path at all
+    return " ".join(parts)
