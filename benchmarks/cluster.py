@@ -304,7 +304,7 @@ class Cluster:
             found.extend(task for task in _parse(line) if not jobs or task.job in jobs)
         return sorted(found, key=lambda task: (task.job, -1 if task.index is None else task.index))
 
-    def wait(self, *jobs: int, timeout_s: float = 120.0) -> list[Task]:
+    def wait(self, *jobs: int, timeout_s: float = 300.0) -> list[Task]:
         """Wait until jobs have ended, requeued ones included, and return their tasks.
 
         Raises:
@@ -317,7 +317,7 @@ class Cluster:
         return self.until(ended, *jobs, timeout_s=timeout_s)
 
     def until(
-        self, holds: Callable[[Sequence[Task]], bool], *jobs: int, timeout_s: float = 60.0
+        self, holds: Callable[[Sequence[Task]], bool], *jobs: int, timeout_s: float = 300.0
     ) -> list[Task]:
         """Wait until something holds of the tasks of jobs, and return them.
 
