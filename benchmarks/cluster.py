@@ -166,6 +166,7 @@ class Cluster:
         self.folder = folder.absolute()
         self.conf = self.folder / "slurm.conf"
         self._default = default
+        self._node_is_down = False
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._held_since: dict[str, float] = {}
         # The name of a socket has at most 107 bytes, and folders of tests are deep.
@@ -248,11 +249,14 @@ class Cluster:
         if self._alive("slurmctld"):
             # Found out by itself after SlurmdTimeout, or at a boot if the job is not too young.
             self._update_node("State=DOWN", "Reason=power")
+            self._node_is_down = True
 
     def start_node(self) -> None:
         """Start slurmd, as a boot does, and wait until the node takes jobs."""
         self._spawn("slurmd", "-D", "-b", "-f", str(self.conf))
-        self._update_node("State=RESUME")
+        if self._node_is_down:
+            self._update_node("State=RESUME")
+            self._node_is_down = False
         self._until_up("slurmd", self._node_is_up)
 
     # -- jobs ----------------------------------------------------------------------------------
@@ -300,7 +304,7 @@ class Cluster:
             found.extend(task for task in _parse(line) if not jobs or task.job in jobs)
         return sorted(found, key=lambda task: (task.job, -1 if task.index is None else task.index))
 
-    def wait(self, *jobs: int, timeout_s: float = 120.0) -> list[Task]:
+    def wait(self, *jobs: int, timeout_s: float = 300.0) -> list[Task]:
         """Wait until jobs have ended, requeued ones included, and return their tasks.
 
         Raises:
@@ -313,7 +317,7 @@ class Cluster:
         return self.until(ended, *jobs, timeout_s=timeout_s)
 
     def until(
-        self, holds: Callable[[Sequence[Task]], bool], *jobs: int, timeout_s: float = 60.0
+        self, holds: Callable[[Sequence[Task]], bool], *jobs: int, timeout_s: float = 300.0
     ) -> list[Task]:
         """Wait until something holds of the tasks of jobs, and return them.
 

@@ -20,7 +20,8 @@ def tools(tmp_path):
         path.write_text(f'#!/bin/bash\necho "{name} $*" >> "{tmp_path}/calls"\n{body}\n')
         path.chmod(0o755)
 
-    put("scontrol", "exit 1")
+    put("scontrol", "echo 'JobId=9 JobState=RUNNING Reason=None'")
+    put("sleep", "")  # requeued tasks wait to be killed, and refused requests to be made again
     return tmp_path, put
 
 
@@ -35,8 +36,12 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
     )
 
 
-def calls(folder: Path) -> list[str]:
-    return (folder / "calls").read_text().splitlines()
+def calls(folder: Path, *, of: str = "") -> list[str]:
+    lines = (folder / "calls").read_text().splitlines()
+    return [line for line in lines if line.startswith(of)]
+
+
+REQUEUE = "scontrol requeue 7_3"
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
@@ -46,7 +51,8 @@ def test_it_passes_arguments_and_exit_codes_on(tools, code):
     process = start(folder, "my slides", "out", "--mpp", "0.5", "--overwrite")
     assert process.wait(20) == code
     expected = "wsi-run my slides --out out --shard auto --no-progress --mpp 0.5 --overwrite"
-    assert calls(folder) == [expected]
+    assert calls(folder, of="wsi-run") == [expected]
+    assert REQUEUE not in calls(folder)
 
 
 def test_a_restart_does_not_overwrite_again(tools):
@@ -67,7 +73,70 @@ def test_a_signal_reaches_the_worker_and_75_is_requeued(tools, restarts, requeue
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 75
-    assert ("scontrol requeue 7_3" in calls(folder)) == requeued
+    assert (REQUEUE in calls(folder)) == requeued
+
+
+@pytest.mark.parametrize(("restarts", "requeued"), [("0", True), ("2", False)])
+def test_a_killed_worker_is_requeued_a_bounded_number_of_times(tools, restarts, requeued):
+    folder, put = tools
+    put("wsi-run", "kill -KILL $$")
+    process = start(folder, "slides", "out", SLURM_RESTART_COUNT=restarts, WSI_MAX_RESTARTS="2")
+    assert process.wait(20) == 137
+    assert (REQUEUE in calls(folder)) == requeued
+    assert "killed by signal 9" in process.stderr.read()
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "TIMEOUT"])
+def test_what_slurm_has_ended_is_not_requeued(tools, state):
+    folder, put = tools
+    put("scontrol", f"echo 'JobId=9 JobState={state} Reason=None'")
+    put("wsi-run", "exit 75")
+    assert start(folder, "slides", "out").wait(20) == 75
+    assert REQUEUE not in calls(folder)
+
+
+def test_ctrl_c_is_not_requeued(tools):
+    folder, put = tools
+    put("wsi-run", "exit 130")
+    assert start(folder, "slides", "out").wait(20) == 130
+    assert REQUEUE not in calls(folder)
+
+
+def test_a_controller_that_restarts_is_asked_again(tools):
+    folder, put = tools
+    put("wsi-run", "exit 75")
+    put("scontrol", f'n=$(grep -c requeue {folder}/calls); [ "$1" = requeue ] && [ "$n" -gt 2 ]')
+    assert start(folder, "slides", "out").wait(20) == 75
+    assert len(calls(folder, of=REQUEUE)) == 3
+    put("scontrol", "exit 1")
+    process = start(folder, "slides", "out")
+    assert process.wait(20) == 75
+    assert "could not be requeued" in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(("--only", "maps"), 0), (("--only=maps",), 0), (("--only", "objects"), 1), ((), 1)],
+)
+def test_a_failed_slide_does_not_keep_the_others_from_their_tables(tools, options, code):
+    folder, put = tools
+    put("wsi-run", "exit 1")
+    assert start(folder, "slides", "out", *options).wait(20) == code
+    assert calls(folder, of="wsi-run")[0].endswith(" ".join(("--no-progress", *options)))
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_gather_makes_the_summary_and_tells_how_all_ended(tools, code):
+    folder, put = tools
+    put("wsi", f'[ "$1" = summary ] && exit {code}; echo 2 slides')
+    process = subprocess.run(
+        ["bash", SCRIPT.with_name("gather.sbatch"), "my out"],
+        env={**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stdout) == (code, "2 slides\n")
+    assert calls(folder) == ["wsi summary my out --check", "wsi status my out"]
 
 
 def test_it_says_how_it_is_used(tools):
