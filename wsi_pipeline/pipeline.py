@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.drafting import ArrivingMaps, Draft
-from wsi_pipeline.durable import remove_tree
+from wsi_pipeline.durable import partial_path, remove_tree
+from wsi_pipeline.errors import MaskError, SlideError
 from wsi_pipeline.filling import Predictor, fill_store, lay_tiles, open_store
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import extract_objects, outline_polygons
@@ -96,9 +97,9 @@ def predict(
     """
     job, report = attempt.job, attempt.report
     report.device, report.precision = predictor.device, predictor.precision
-    with attempt.stage("open"):
-        slide = Slide.open(job.path, mpp=job.mpp)
-    with slide:
+    with _unchanged(attempt), ExitStack() as stack:
+        with attempt.stage("open"):
+            slide = stack.enter_context(Slide.open(job.path, mpp=job.mpp))
         size = slide.pixel_size
         report.mpp = {"x": size.x, "y": size.y, "source": size.source}
         with attempt.stage("tissue"):
@@ -181,6 +182,30 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
             attempt.add_output(job.maps_path)
         else:
             remove_tree(job.maps_path)
+
+
+@contextmanager
+def _unchanged(attempt: Attempt) -> Iterator[None]:
+    """Fail, whatever else happens meanwhile, if a file that is read inside is changed.
+
+    Blocks that were predicted are thrown away: nobody knows of which content they are.
+    """
+    job = attempt.job
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    changed = job.changed_input()
+    if changed is not None:
+        remove_tree(partial_path(job.maps_path))
+        msg = (
+            f"{changed} changed while it was read. Run the same command again when it is "
+            "complete: the slide then begins anew."
+        )
+        raise (MaskError if changed == job.mask else SlideError)(msg) from problem
+    if problem is not None:
+        raise problem
 
 
 def _take_picture(slide: Slide) -> tuple[NDArray[np.uint8], PixelGrid]:
