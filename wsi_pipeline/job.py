@@ -109,20 +109,36 @@ class SlideJob:
     @property
     def is_missing(self) -> bool:
         """Whether the slide is a file that cannot be read here."""
-        return _fingerprint(self.path) == _MISSING
+        return _slide_content(self.path)[0] == _MISSING
 
     @cached_property
     def job_id(self) -> str:
         """Name of this job: changes when the slide, its mpp or mask, or the model changes."""
+        (content, _), (mask, _) = self._begun_with
         identity = {
             "slide": self.slide_id,
-            "content": _fingerprint(self.path),
+            "content": content,
             "mpp": self.mpp,
-            "mask": file_digest(self.mask) if self.mask and self.mask.is_file() else None,
+            "mask": mask,
             "model": self.model_digest,
         }
         text = json.dumps(identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _begun_with(self) -> tuple[_Content, _Content]:
+        return _slide_content(self.path), _mask_content(self.mask)
+
+    def changed_input(self) -> Path | None:
+        """Return the slide or the mask if it is no longer what it was when the job was named.
+
+        Noticed are other sizes, times of change, and contents where :attr:`job_id` looks; of
+        a URL nothing is.
+        """
+        slide, mask = self._begun_with
+        if _slide_content(self.path) != slide:
+            return Path(self.path)
+        return self.mask if _mask_content(self.mask) != mask else None
 
 
 @dataclass(kw_only=True)
@@ -240,18 +256,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _fingerprint(path: str) -> str:
-    """Return a digest of a slide's size and of samples all over it; or that it is missing."""
+_Content = tuple[str | None, int]
+"""A digest that takes part in :attr:`SlideJob.job_id`, and the time of the last change."""
+
+
+def _slide_content(path: str) -> _Content:
+    """Return a digest of a slide's size and of samples all over it, or that it is missing."""
     if "://" in path:
-        return path
+        return path, 0
     block, samples = 1 << 13, 64
     try:
         with Path(path).open("rb") as file:
+            changed = os.fstat(file.fileno()).st_mtime_ns
             size = file.seek(0, os.SEEK_END)
             digest = hashlib.sha256(str(size).encode())
             for number in range(samples):
                 file.seek(max(0, size - block) * number // (samples - 1))
                 digest.update(file.read(block))
     except OSError:
-        return _MISSING
-    return digest.hexdigest()
+        return _MISSING, 0
+    return digest.hexdigest(), changed
+
+
+def _mask_content(path: Path | None) -> _Content:
+    if path is None or not path.is_file():
+        return None, 0
+    return file_digest(path), path.stat().st_mtime_ns

@@ -1,0 +1,184 @@
+"""A slide or mask that changes while it is read fails its slide, and is begun anew."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.standin import StandIn
+from wsi_pipeline import pipeline
+from wsi_pipeline.durable import partial_path
+from wsi_pipeline.engines import run_slides
+from wsi_pipeline.job import SlideJob
+from wsi_pipeline.synth import write_slide
+
+
+class Meddler(StandIn):
+    """Does something to the slide before a tile is predicted."""
+
+    def __init__(self, meddle=lambda: None, *, at=2):
+        super().__init__()
+        self.meddle = meddle
+        self.at = at
+        self.seen = 0
+
+    def predict(self, slide, tiles, *, stop, warn):
+        for number, block in enumerate(super().predict(slide, tiles, stop=stop, warn=warn)):
+            if number == self.at:
+                self.meddle()
+            self.seen += 1
+            yield block
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Drawing is most of the time of such small slides."""
+    monkeypatch.setattr(pipeline, "draw_preview", lambda picture, *_, **__: picture[::4, ::4])
+
+
+class Watcher:
+    def start(self, job):
+        pass
+
+    def advance(self, job, stage, done, total):
+        pass
+
+    def finish(self, job, report, *, skipped):
+        pass
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slides")
+    for name, seed in (("first", 3), ("second", 4)):
+        path = folder / f"{name}.svs"
+        write_slide(path, width=900, height=700, mpp=0.5, seed=seed, truth=False)
+    return folder
+
+
+@pytest.fixture
+def slide(slides, tmp_path):
+    return shutil.copy(slides / "first.svs", tmp_path / "a.svs")
+
+
+def go(slide, out, predictor=None, *, stop=lambda: False, **facts):
+    job = SlideJob(
+        path=str(slide),
+        slide_id="a",
+        out=out,
+        model_name="stand-in",
+        model_digest="0" * 64,
+        **facts,
+    )
+    (report,) = run_slides([job], predictor or StandIn(), watcher=Watcher(), stop=stop)
+    return report
+
+
+def files(out):
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for name in ("objects", "tissue", "maps", "previews")
+        for path in (out / name).rglob("*")
+        if path.is_file()
+    }
+
+
+def replace(slides, slide):
+    """As whoever copies it again does: another file takes the name."""
+    shutil.copy(slides / "second.svs", slide.with_suffix(".new"))
+    os.replace(slide.with_suffix(".new"), slide)
+
+
+def truncate(_slides, slide):
+    os.truncate(slide, slide.stat().st_size // 2)
+
+
+def append(_slides, slide):
+    with slide.open("ab") as file:
+        file.write(b"more")
+
+
+def touch_a_pixel(_slides, slide):
+    """Where nobody samples, and of the same size."""
+    with slide.open("r+b") as file:
+        file.seek(slide.stat().st_size // 2 + 5000)
+        file.write(b"\0")
+
+
+def remove(_slides, slide):
+    slide.unlink()
+
+
+@pytest.mark.parametrize("change", [replace, truncate, append, touch_a_pixel, remove])
+def test_a_slide_that_changes_while_it_is_read_fails(slides, slide, tmp_path, change):
+    out = tmp_path / "out"
+    report = go(slide, out, Meddler(lambda: change(slides, slide)))
+    assert report.status == "failed"
+    assert report.error["code"] == "unreadable_slide"
+    assert "changed while it was read" in report.error["message"]
+    assert files(out) == {}, "neither tables nor blocks of two contents"
+
+
+def test_the_next_run_is_about_the_new_content(slides, slide, tmp_path):
+    go(slide, tmp_path / "out", Meddler(lambda: replace(slides, slide)))
+    again = Meddler()
+    assert go(slide, tmp_path / "out", again).done
+    assert go(slide, tmp_path / "fresh").done
+    assert again.seen
+    assert files(tmp_path / "out") == files(tmp_path / "fresh")
+
+
+def test_between_two_runs_blocks_of_the_old_content_are_not_kept(slides, slide, tmp_path):
+    out, stopped = tmp_path / "out", []
+    first = go(slide, out, Meddler(lambda: stopped.append(1)), stop=lambda: bool(stopped))
+    assert first.status == "interrupted"
+    assert partial_path(out / "maps" / "a.zarr").is_dir()
+    replace(slides, slide)
+    assert go(slide, out).done
+    assert go(slide, tmp_path / "fresh").done
+    assert files(out) == files(tmp_path / "fresh")
+
+
+def test_a_change_after_the_maps_were_made_is_seen_by_the_next_run(slides, slide, tmp_path):
+    out = tmp_path / "out"
+    assert go(slide, out).done
+    (out / "objects" / "a.parquet").unlink()  # the maps alone are left
+    replace(slides, slide)
+    again = Meddler()
+    assert go(slide, out, again).done
+    assert again.seen
+    assert go(slide, tmp_path / "fresh").done
+    assert files(out) == files(tmp_path / "fresh")
+
+
+def test_a_mask_that_changes_meanwhile_fails_its_slide(slides, slide, tmp_path):
+    mask = tmp_path / "a.png"
+    Image.fromarray(np.full((7, 9), 255, np.uint8)).save(mask)
+
+    def other():
+        Image.fromarray(np.tri(7, 9, dtype=np.uint8)).save(mask)
+
+    report = go(slide, tmp_path / "out", Meddler(other), mask=mask)
+    assert report.status == "failed"
+    assert report.error["code"] == "mask_mismatch"
+    assert "changed while it was read" in report.error["message"]
+    assert go(slide, tmp_path / "out", mask=mask).done
+
+
+def test_what_happens_to_a_slide_after_it_was_read_does_not_matter(slides, slide, tmp_path):
+    """The tables come from the maps: whoever moves slides away as they are read may do so."""
+
+    def moved(job, stage, done, total):
+        if stage == "polygonize":
+            slide.unlink(missing_ok=True)
+
+    watcher = Watcher()
+    watcher.advance = moved
+    job = SlideJob(
+        path=str(slide), slide_id="a", out=tmp_path, model_name="", model_digest="0" * 64
+    )
+    (report,) = run_slides([job], StandIn(), watcher=watcher, stop=lambda: False)
+    assert report.done
+    assert not slide.exists()
