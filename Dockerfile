@@ -42,6 +42,7 @@ COPY --from=build /opt/numba /opt/numba
 ENV PATH=/opt/venv/bin:$PATH \
     NUMBA_CACHE_DIR=/opt/numba \
     PYTHONUNBUFFERED=1 \
+    TINI_SUBREAPER=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 LABEL org.opencontainers.image.title="wsi-pipeline" \

@@ -8,7 +8,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints-cpu.txt $(INDEX)
 SETTINGS := setup.cfg pyproject.toml constraints-cpu.txt
 
-.PHONY: demo test lint types floors suite docker-lint clean
+.PHONY: demo test lint types floors suite container clean
 
 demo: $(VENV)/.installed
 	$(BIN)/wsi synth demo/slides/mucosa.svs --width 8192 --height 6144 --mpp 0.5 --seed 7
@@ -34,6 +34,10 @@ floors: $(VENV)/.installed-dev
 
 suite: $(VENV)/.installed-dev $(VENV)/snakemake/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Builds the image and runs the demo in it, not as root; see the script for what it needs.
+container:
+	workflows/container/check.sh
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; say make PYTHON=...")'
