@@ -108,13 +108,18 @@ def test_many_at_once_leave_two_whole_files_and_no_rest(out):
 
 
 def test_what_a_killed_summary_left_is_swept_up_later(out):
-    left, fresh = (out / f".summary.csv~{name}.partial" for name in ("left", "fresh"))
-    for path in (left, fresh):
+    names = ("summary.csv", "summary.parquet", "run.json", "clock")
+    left = [out / f".{name}~left.partial" for name in names]
+    left += [out / "logs" / ".clock~left.partial"]
+    fresh = out / ".summary.csv~fresh.partial"
+    for path in (*left, fresh):
         path.touch()
-    old = left.stat().st_mtime - ABANDONED_AFTER_S - 5
-    os.utime(left, (old, old))
+    for path in left:
+        old = path.stat().st_mtime - ABANDONED_AFTER_S - 5
+        os.utime(path, (old, old))
     write_summary(read_cohort(out))
-    assert (left.exists(), fresh.exists()) == (False, True)
+    assert [path.exists() for path in left] == [False] * len(left)
+    assert fresh.exists()
 
 
 def test_the_command_names_what_is_not_done_failed_slides_last(out):

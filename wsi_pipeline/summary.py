@@ -27,7 +27,13 @@ __all__ = ["KINDS", "SUMMARY_SCHEMA", "summary_table", "write_summary"]
 KINDS = ("nucleus", "gland", "lumen")
 """Kinds of objects that have a column in every summary; others follow where a model has them."""
 ABANDONED_AFTER_S = 60.0
-"""An unfinished summary of that age was left by a process that is dead: writing takes less."""
+"""An unfinished file of that age was left by a process that is dead: writing takes less."""
+_UNFINISHED = (
+    ".summary.*~*.partial",
+    ".run.json~*.partial",
+    ".clock~*.partial",
+    "logs/.clock~*.partial",
+)
 
 _TIME = pa.timestamp("ms", tz="UTC")
 
@@ -91,7 +97,7 @@ def write_summary(cohort: Cohort) -> tuple[Path, Path]:
     files = cohort.folder / "summary.parquet", cohort.folder / "summary.csv"
     for path, content in zip(files, (sink.getvalue(), text.getvalue().encode()), strict=True):
         _replace(path, content)
-        _sweep(path, cohort.now)
+    _sweep(cohort.folder, cohort.now)
     return files
 
 
@@ -175,9 +181,10 @@ def _replace(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
 
 
-def _sweep(path: Path, now: float) -> None:
-    """Remove what processes that were killed in the middle of it left beside a summary."""
-    for beside in path.parent.glob(f".{path.name}~*.partial"):
-        with suppress(OSError):
-            if now - beside.stat().st_mtime > ABANDONED_AFTER_S:
-                beside.unlink(missing_ok=True)
+def _sweep(folder: Path, now: float) -> None:
+    """Remove what processes that were killed left beside files that belong to no slide."""
+    for pattern in _UNFINISHED:
+        for beside in folder.glob(pattern):
+            with suppress(OSError):
+                if now - beside.stat().st_mtime > ABANDONED_AFTER_S:
+                    beside.unlink(missing_ok=True)
