@@ -107,14 +107,28 @@ def test_a_report_of_another_model_or_pixel_size_is_none(tmp_path):
     assert found["c"] == ("done", "")
 
 
-def test_a_broken_report_spoils_one_slide_alone(tmp_path):
-    begin(tmp_path, "a", "b", "c")
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "{",
+        "[1]",
+        {"status": "wonderful"},
+        {"outputs": [5]},
+        {"outputs": {"objects/b.parquet": {}}},
+        {"mpp": {"x": 1}},
+        {"seconds": None},
+        {"error": "no"},
+    ],
+)
+def test_a_broken_report_spoils_one_slide_alone(tmp_path, spoilt):
+    begin(tmp_path, "a", "b")
     report(tmp_path, "a")
-    job(tmp_path, "b").report_path.write_text("{")
-    job(tmp_path, "c").report_path.write_text(
-        json.dumps({"slide_id": "c", "path": "", "job_id": "", "status": "wonderful"})
-    )
-    assert [own.state for own in slide_states(tmp_path)] == ["done", "missing", "missing"]
+    report(tmp_path, "b")
+    path = job(tmp_path, "b").report_path
+    if isinstance(spoilt, dict):
+        spoilt = json.dumps({**json.loads(path.read_text()), **spoilt})
+    path.write_text(spoilt)
+    assert [own.state for own in slide_states(tmp_path)] == ["done", "missing"]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

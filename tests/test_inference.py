@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from wsi_pipeline import device
+from wsi_pipeline import device, inference
 from wsi_pipeline.bundle import find_bundle, save_bundle
 from wsi_pipeline.errors import JobError, OutOfMemoryError, SlideError
 from wsi_pipeline.geometry import PixelGrid
@@ -356,12 +358,26 @@ def test_impossible_choices_are_refused(bundle, option, value):
         TorchPredictor.load(bundle, **{option: value})
 
 
+def test_the_network_counts_the_seconds_in_which_it_runs(bundle, slide, monkeypatch):
+    predictor = load(bundle, batch_size=5)
+    ticks = itertools.count()
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: float(next(ticks)))
+    tiles, _ = predict(predictor, slide)
+    assert len(tiles.tiles) == 12
+    assert predictor.busy_s == 3  # a tick for each batch of five, none for what lies between
+    predict(predictor, slide)
+    assert predictor.busy_s == 6
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("precision", "largest"), [("fp32", 3), ("bf16", 40)])
 def test_a_gpu_gives_the_maps_of_the_cpu(bundle, slide, precision, largest):
     _, expected = predict(load(bundle), slide)
-    _, found = predict(load(bundle, device="cuda", precision=precision, batch_size=3), slide)
+    predictor = load(bundle, device="cuda", precision=precision, batch_size=3)
+    begun = time.perf_counter()
+    _, found = predict(predictor, slide)
+    assert 0 < predictor.busy_s <= time.perf_counter() - begun
     for ours, theirs in zip(found, expected, strict=True):
         for key in (key for key in ours.arrays if key.endswith("/prob")):
             apart = np.abs(ours.arrays[key].astype(int) - theirs.arrays[key])

@@ -47,6 +47,14 @@ def test_rates_count_hours_of_work_not_pauses(tmp_path):
     assert found.left_s is None  # nobody is at work
 
 
+def test_slides_within_the_time_of_another_add_no_hours(tmp_path):
+    begin(tmp_path, "a", "b", "c")
+    write(tmp_path, "a", ago_s=0, total=1000, pid=1)
+    write(tmp_path, "b", ago_s=800, total=100, pid=2)
+    write(tmp_path, "c", ago_s=600, total=100, pid=3)
+    assert measure_pace(read_cohort(tmp_path)).slides_per_h == pytest.approx(10.8, rel=0.01)
+
+
 def test_a_run_of_ten_minutes_is_not_spread_over_an_hour(tmp_path):
     begin(tmp_path, "a", "b")
     write(tmp_path, "a", ago_s=300, total=300)

@@ -1,6 +1,7 @@
 """No folder of an input gets into what is written, if so asked."""
 
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -100,7 +101,10 @@ def secret(tmp_path_factory):
     Image.new("RGB", (300, 300), "white").save(slides / "flat.tiff")
     Image.new("L", (40, 7), 255).save(folder / "bad mask.png")
     lines = "".join(f"slides/{p.name},,\n" for p in sorted(slides.iterdir()) if p.stem != "masked")
-    more = "slides/masked.svs,,bad mask.png\nslides/gone.svs,,\n"
+    far = tmp_path_factory.mktemp("far") / f"for {MARKER}" / "far.svs"
+    far.parent.mkdir()
+    far.write_bytes(b"no slide, and far from the list")
+    more = f'slides/masked.svs,,bad mask.png\nslides/gone.svs,,\n"{far}",,\n'
     (folder / "list.csv").write_text("path,mpp,mask\n" + lines + more)
     return folder
 
@@ -123,7 +127,7 @@ def test_a_run_leaves_no_trace_of_secret_folders(secret):
         assert traces(data) == [], data[:2000]
     reports = {p.stem: json.loads(p.read_text()) for p in (out / "reports").iterdir()}
     assert reports["good"]["path"] == "good.svs"
-    bad = ["noise", "empty", "flat", "masked", "gone"]
+    bad = ["far", "noise", "empty", "flat", "masked", "gone"]
     states = {name: own["status"] for name, own in reports.items()}
     assert states == {**dict.fromkeys(bad, "failed"), "good": "done"}
     slides = json.loads((out / "run.json").read_text())["slides"]
@@ -150,13 +154,15 @@ def test_wrong_use_and_faults_of_our_own_tell_nothing_either(secret, monkeypatch
     assert (result.exit_code, traces(result.output.encode())) == (2, [])
     assert "nothing.csv" in result.output
 
-    def fail(*_, **__):
-        raise LookupError(f"{secret}/a.svs")
+    def fail(plan, **_):
+        logging.getLogger("wsi_pipeline").warning("%s is odd", plan.entries[1].path)
+        raise LookupError(f"{plan.entries[1].path} is missed")
 
     monkeypatch.setattr("wsi_pipeline.api.execute", fail)
-    result = invoke(secret / "slides" / "noise.svs", *how)
+    result = invoke(secret / "list.csv", *how)
     assert (result.exit_code, traces(result.output.encode())) == (1, [])
-    assert "LookupError: a.svs" in result.output
+    assert "LookupError: far.svs is missed" in result.output
+    assert "wsi_pipeline:far.svs is odd" in result.output
 
 
 def test_without_being_asked_the_paths_are_there(secret):

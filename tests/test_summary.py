@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -14,7 +15,6 @@ from cohort_fixtures import MODEL, begin, job, lease, report
 
 from wsi_pipeline.cli import wsi
 from wsi_pipeline.cohort import read_cohort
-from wsi_pipeline.durable import ABANDONED_S
 from wsi_pipeline.summary import SUMMARY_SCHEMA, summary_table, write_summary
 
 WHY = {"code": "missing_mpp", "stage": "open", "message": "say it, with 'commas', \"quotes\""}
@@ -109,13 +109,16 @@ def test_many_at_once_leave_two_whole_files_and_no_rest(out):
 
 
 def test_what_a_killed_summary_left_is_swept_up_later(out):
-    left, fresh = (out / f".summary.csv~elsewhere.{n}.0123abcd.partial" for n in (1, 2))
-    for path in (left, fresh):
+    dead = f"{socket.gethostname()}.{2**22 + 1}.0123abcd"
+    names = ("summary.csv", "summary.parquet", "run.json", "clock")
+    left = [out / f".{name}~{dead}.partial" for name in names]
+    left += [out / "logs" / f".clock~{dead}.partial"]
+    fresh = out / ".summary.csv~elsewhere.5.0123abcd.partial"
+    for path in (*left, fresh):
         path.touch()
-    old = left.stat().st_mtime - ABANDONED_S - 5
-    os.utime(left, (old, old))
     write_summary(read_cohort(out))
-    assert (left.exists(), fresh.exists()) == (False, True)
+    assert [path.exists() for path in left] == [False] * len(left)
+    assert fresh.exists()
 
 
 def test_the_command_names_what_is_not_done_failed_slides_last(out):

@@ -56,7 +56,7 @@ class Plan:
 
     def shown(self, entry: SlideEntry) -> SlideEntry:
         """Return a slide as it may be written down."""
-        text = self.redaction.including(entry.path, entry.mask).text
+        text = self.redaction.text
         return replace(entry, path=text(entry.path), mask=entry.mask and text(entry.mask))
 
     def with_bundle(self, bundle: ModelBundle) -> Plan:
@@ -128,7 +128,7 @@ def plan_run(
         jobs=jobs,
         bundle=bundle,
         keep_maps=keep_maps,
-        redaction=redaction,
+        redaction=redaction.including(*(e.path for e in entries), *(e.mask for e in entries)),
         model_named=model is not None,
     )
 

@@ -184,13 +184,18 @@ def run(
         if dry_run:
             _list_plan(plan, shard, json_lines=log_format == "json")
             return
+        # What lists and folders name is known only now.
+        log_to_stderr(verbose=verbose, json_lines=json_lines, redaction=plan.redaction)
         watcher: ClosingWatcher = _watcher(len(plan.jobs), bars=progress, json_lines=json_lines)
-        try:
-            if metrics_file is not None:
-                watcher = _counting(watcher, metrics_file, plan, shard=shard, device=how["device"])
-            reports = execute(plan, watcher=watcher, stop=lambda: bool(caught), **how)
-        finally:
-            watcher.close()
+        with plain_errors(plan.redaction):
+            try:
+                if metrics_file is not None:
+                    watcher = _counting(
+                        watcher, metrics_file, plan, shard=shard, device=how["device"]
+                    )
+                reports = execute(plan, watcher=watcher, stop=lambda: bool(caught), **how)
+            finally:
+                watcher.close()
         if not json_lines:
             _print_end(reports, plan)
     exit_if_interrupted(caught)

@@ -52,9 +52,7 @@ def durable_file(path: Path) -> Iterator[Path]:
     under the final name, and goes on; "no space left" becomes :class:`DiskFullError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Unique among threads and containers, too, which may share the numbers of processes.
-    own = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    beside = path.with_name(f".{path.name}~{own}.partial")
+    beside = _beside(path)
     try:
         with disk_errors(path):
             yield beside
@@ -107,7 +105,7 @@ def filesystem_time(folder: Path) -> float:
     Raises:
         OSError: nothing can be written there.
     """
-    probe = folder / f".clock~{uuid.uuid4().hex}.partial"
+    probe = _beside(folder / "clock")
     try:
         probe.touch(exist_ok=False)
         return probe.stat().st_mtime
@@ -158,6 +156,13 @@ def disk_errors(path: Path) -> Iterator[None]:
             )
             raise DiskFullError(msg) from error
         raise
+
+
+def _beside(path: Path) -> Path:
+    """Return a name for unfinished work that tells whose it is."""
+    # Unique among threads and containers, too, which may share the numbers of processes.
+    own = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name}~{own}.partial")
 
 
 def _sync(path: Path) -> None:

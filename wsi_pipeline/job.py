@@ -204,9 +204,23 @@ def read_report(path: Path) -> RunReport | None:
     try:
         data = json.loads(path.read_text())
         known = {f.name for f in fields(RunReport)}
-        return RunReport(**{key: value for key, value in data.items() if key in known})
+        report = RunReport(**{key: value for key, value in data.items() if key in known})
+        return report if _is_sound(report) else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def _is_sound(report: RunReport) -> bool:
+    """Return whether the parts of a report are of the kinds that all who read it rely on."""
+    maps = (report.counts, report.seconds, report.throughput, report.model, report.versions)
+    sizes = report.outputs.values()
+    return (
+        all(isinstance(part, dict) for part in maps)
+        and all({"bytes", "sha256"} <= facts.keys() for facts in sizes)
+        and all("code" in warning for warning in report.warnings)
+        and (report.error is None or {"code", "message"} <= report.error.keys())
+        and (report.mpp is None or {"x", "y", "source"} <= report.mpp.keys())
+    )
 
 
 def finished_report(job: SlideJob) -> RunReport | None:

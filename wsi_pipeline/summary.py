@@ -89,6 +89,8 @@ def write_summary(cohort: Cohort) -> tuple[Path, Path]:
     files = cohort.folder / "summary.parquet", cohort.folder / "summary.csv"
     for path, content in zip(files, (sink.getvalue(), text.getvalue().encode()), strict=True):
         _replace(path, content)
+    # What belongs to no slide, nobody else would sweep up.
+    for path in (*files, *(cohort.folder / name for name in ("run.json", "clock", "logs/clock"))):
         sweep_shared(path)
     return files
 
