@@ -386,6 +386,26 @@ def test_done_slides_are_skipped_unless_something_changed(slide, undisturbed, tm
     assert again(model_digest="1" * 64) == (False, True)
 
 
+def test_a_slurm_task_that_is_started_again_overwrites_each_slide_once(
+    slide, undisturbed, tmp_path, monkeypatch
+):
+    shutil.copytree(undisturbed[0], tmp_path / "out")
+
+    def predicts(restart):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        predictor = StubPredictor()
+        assert go(slide, tmp_path / "out", predictor, overwrite=True).done
+        return bool(predictor.seen)
+
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    # Its first start may have ended before it came to the slide.
+    assert predicts("1")
+    assert not predicts("2")
+    assert predicts("0")  # somebody asks anew, in a job that was never started again
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert predicts("1")
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_slide_that_cannot_be_seen_keeps_what_was_made_of_it(slide, tmp_path, overwrite):
     own = tmp_path / "slides" / slide.name

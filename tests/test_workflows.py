@@ -55,14 +55,6 @@ def test_it_passes_arguments_and_exit_codes_on(tools, code):
     assert REQUEUE not in calls(folder)
 
 
-def test_a_restart_does_not_overwrite_again(tools):
-    folder, put = tools
-    put("wsi-run", "exit 0")
-    arguments = ("slides", "out", "--overwrite", "--mpp", "0.5")
-    assert start(folder, *arguments, SLURM_RESTART_COUNT="1").wait(20) == 0
-    assert calls(folder) == ["wsi-run slides --out out --shard auto --no-progress --mpp 0.5"]
-
-
 @pytest.mark.parametrize(("restarts", "requeued"), [("0", True), ("5", False)])
 def test_a_signal_reaches_the_worker_and_75_is_requeued(tools, restarts, requeued):
     folder, put = tools

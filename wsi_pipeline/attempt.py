@@ -27,7 +27,7 @@ from wsi_pipeline.job import (
     folder_facts,
     versions,
 )
-from wsi_pipeline.lease import Lease
+from wsi_pipeline.lease import Lease, slurm_job
 from wsi_pipeline.machine import peak_rss_mb, release_memory
 
 __all__ = ["Attempt", "record", "refuse"]
@@ -64,6 +64,7 @@ class Attempt:
             host=socket.gethostname(),
             pid=os.getpid(),
             restarts=earlier_starts(job),
+            batch_job=slurm_job()[0] or "",
         )
         self._begun = time.perf_counter()
         self.log("start", job_id=job.job_id, slide=job.path)

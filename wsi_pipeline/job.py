@@ -173,6 +173,8 @@ class RunReport:
     """Number of the process on ``host``."""
     device_busy_s: float | None = None
     """Seconds in which the network ran on its device; None where no network was asked for."""
+    batch_job: str = ""
+    """The job of a cluster that did it: for Slurm, the number of the array's task."""
     left: str = ""
     """What was left to another run on purpose: ``objects``, after ``--only maps``."""
 

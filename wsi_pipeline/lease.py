@@ -33,7 +33,7 @@ import psutil
 from wsi_pipeline.durable import filesystem_time
 from wsi_pipeline.errors import SlideBusyError
 
-__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "alone", "read_holder"]
+__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "alone", "read_holder", "slurm_job"]
 
 HEARTBEAT_S = 10.0
 """How often a lease is written anew."""
@@ -71,7 +71,7 @@ class Holder:
             except (psutil.Error, KeyError, TypeError, ValueError):
                 return True
             return bool(abs(born - float(facts.get("born", born))) > 1)
-        job, restart = _slurm_job()
+        job, restart = slurm_job()
         # Slurm starts a task again only when the start before it has ended.
         same = job is not None and facts.get("job") == job
         return same and int(facts.get("restart", 0)) < restart
@@ -239,7 +239,7 @@ def _is_at(path: Path, inode: int) -> bool:
 
 
 def _own_facts() -> dict[str, Any]:
-    job, restart = _slurm_job()
+    job, restart = slurm_job()
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
@@ -254,7 +254,7 @@ def _own_facts() -> dict[str, Any]:
     }
 
 
-def _slurm_job() -> tuple[str | None, int]:
+def slurm_job() -> tuple[str | None, int]:
     """Return the number of this Slurm job and how often it was started again."""
     try:
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -19,6 +19,7 @@ from wsi_pipeline.errors import SlideBusyError, SlideError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
+from wsi_pipeline.lease import slurm_job
 from wsi_pipeline.pipeline import Predicted, polygonize, predict, reopen
 
 __all__ = ["Only", "Watcher", "run_slides"]
@@ -216,9 +217,10 @@ class _Run:
         failed = _failed_report(job)
         if self.only == "objects" and failed is not None and not job.maps_path.exists():
             return failed  # why there are no maps is worth more than that there are none
+        finished = finished_report(job)
         if self.overwrite:
-            return None
-        return finished_report(job) or (None if self.retry_failed else failed)
+            return finished if finished is not None and _made_before_restart(finished) else None
+        return finished or (None if self.retry_failed else failed)
 
     def _require_survivor(self, job: SlideJob) -> None:
         # This try has left its own "start" in the log.
@@ -262,6 +264,12 @@ def _failed_report(job: SlideJob) -> RunReport | None:
     report = read_report(job.report_path)
     same = report is not None and report.job_id == job.job_id and report.status == "failed"
     return report if same else None
+
+
+def _made_before_restart(report: RunReport) -> bool:
+    """Whether an earlier start of the same Slurm job did this: it is not overwritten again."""
+    number, restart = slurm_job()
+    return restart > 0 and report.batch_job == number
 
 
 def _require_slide(job: SlideJob) -> None:
