@@ -11,32 +11,54 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from test_pipeline import StubPredictor
+import numpy as np
 
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.job import SlideJob
 from wsi_pipeline.loading import BundleLoader
-from wsi_pipeline.synth import write_slide
+from wsi_pipeline.spec import HeadSpec, ModelSpec, RunRules
+from wsi_pipeline.store import PredictionBlock
 
 
 POISON_PX = 900
 """A slide of this width kills whoever predicts it."""
 
 
-class SlowStub(StubPredictor):
-    """The stub, with a wait before each tile, and at the mercy of the poison slide."""
+class SlowStub:
+    """Calls dark pixels objects; waits before each tile, and is at the mercy of the poison slide.
+
+    Its modules are few, because so many processes load it.
+    """
+
+    spec = ModelSpec(
+        name="stub",
+        architecture="none",
+        mpp=0.5,
+        halo_px=32,
+        options={},
+        heads=(HeadSpec(name="dark", kind="instance", object_kind="dark", rules=RunRules()),),
+    )
+    precision = "fp32"
+    tile_px = 256
+    halo_px = 32
+    canvas_bytes = 1 << 28
+    extractors = 1
 
     def __init__(self, device: str, delay_s: float):
-        super().__init__(tile_px=256)
         self.device = device
         self.delay_s = delay_s
 
     def predict(self, slide, tiles, *, stop, warn):
         if slide.size[0] == POISON_PX:
             os.kill(os.getpid(), signal.SIGKILL)
-        for block in super().predict(slide, tiles, stop=stop, warn=warn):
+        for tile in tiles.tiles:
+            if stop():
+                return
             time.sleep(self.delay_s)
-            yield block
+            dark = 255 - slide.read(tiles.grid, tile.write).mean(axis=2)
+            inner = np.where(dark > 75, 255, 0).astype(np.uint8)
+            maps = {"dark/prob": np.stack([inner, np.zeros_like(inner)])}
+            yield PredictionBlock(tile=tile, arrays=maps)
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,8 @@ class CpuLoader(BundleLoader):
 
 def make_slides(folder: Path, **widths: int) -> dict[str, Path]:
     """Write slides of these widths, by their ids."""
+    from wsi_pipeline.synth import write_slide
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, width in widths.items():
         write_slide(
@@ -79,9 +103,9 @@ def make_slides(folder: Path, **widths: int) -> dict[str, Path]:
     return {name: folder / f"{name}.svs" for name in widths}
 
 
-def job(path: Path, out: Path, **changes) -> SlideJob:
-    facts = {"path": str(path), "slide_id": path.stem, "model_name": "stub"}
-    return SlideJob(**{**facts, "out": out, "model_digest": "0" * 64, **changes})
+def job(slide: Path, out: Path, **changes) -> SlideJob:
+    facts = {"path": str(slide), "slide_id": slide.stem, "out": out}
+    return SlideJob(**{**facts, "model_name": "stub", "model_digest": "0" * 64, **changes})
 
 
 def tables(out: Path) -> dict[str, bytes]:

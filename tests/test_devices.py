@@ -241,7 +241,7 @@ def test_the_order_goes_by_bytes_and_past_deaths(slides, tmp_path):
     names = ["a", "big", "b"]
     jobs = [job(slides[name], tmp_path) for name in names] + [
         job(tmp_path / "heavy.mrxs", tmp_path),
-        job(Path("https://host/far.svs"), tmp_path, path="https://host/far.svs"),
+        job(tmp_path / "far.svs", tmp_path, path="https://host/far.svs"),
         job(tmp_path / "absent.svs", tmp_path),
     ]
     log = jobs[2].log_path
