@@ -19,7 +19,6 @@ from wsi_pipeline.loading import BundleLoader
 from wsi_pipeline.spec import HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.store import PredictionBlock
 
-
 POISON_PX = 900
 """A slide of this width kills whoever predicts it."""
 

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from engine_fixtures import (
     POISON_PX,
     SlowStub,
@@ -24,10 +23,7 @@ from engine_fixtures import (
     tables,
 )
 
-import wsi_pipeline
-from wsi_pipeline.cli import run
 from wsi_pipeline.engines import dasked, run_on_dask, run_slides
-from wsi_pipeline.errors import JobError
 
 distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 
@@ -143,9 +139,7 @@ def test_a_slide_that_kills_is_given_up_and_the_others_are_done(slides, cluster,
     assert nothing_left_over(tmp_path / "logs")
 
 
-def test_a_task_that_only_kills_workers_ends_in_a_report(
-    slides, cluster, tmp_path, monkeypatch
-):
+def test_a_task_that_only_kills_workers_ends_in_a_report(slides, cluster, tmp_path, monkeypatch):
     """It dies while the network is loaded, so the slide's log does not tell."""
     monkeypatch.setattr(dasked, "MOST_SUBMISSIONS", 1)
     (report,) = go(slides, tmp_path, "a", cluster, load=StubLoader(tmp_path, kills=("cuda:1",)))

@@ -155,7 +155,7 @@ def test_a_device_of_no_use_leaves_the_work_to_the_others(slides, tmp_path):
 
 @pytest.mark.parametrize(("fate", "error"), [("fails", ModelBundleError), ("kills", JobError)])
 def test_without_any_device_nothing_is_begun(slides, tmp_path, fate, error):
-    with pytest.raises(error, match="no such model here|died"):
+    with pytest.raises(error, match=r"no such model here|died"):
         go(slides, tmp_path, "ab", load=StubLoader(tmp_path, **{fate: tuple(TWO)}))
     # Who dies is tried again, a few times; who says why is not.
     assert len(list(tmp_path.glob("loaded-*"))) == {"fails": 2, "kills": 6}[fate]
