@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from engine_fixtures import (
     POISON_PX,
     SlowStub,
@@ -23,11 +24,14 @@ from engine_fixtures import (
     tables,
 )
 
+import wsi_pipeline
+from wsi_pipeline.attempt import refuse
+from wsi_pipeline.cli import run
 from wsi_pipeline.engines import dasked, run_on_dask, run_slides
+from wsi_pipeline.errors import JobError
 
 distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 
-QUIET = {"distributed.admin.large-graph-warning-threshold": "1GB"}
 NAMES = ["big", "a", "b", "c"]
 GPU, OBJECTS = {"GPU": 1}, {"objects": 1}
 
@@ -92,6 +96,29 @@ def test_a_cluster_makes_what_one_process_makes(slides, alone, cluster, tmp_path
     assert sorted(again.ended) == sorted((name, "done", True) for name in NAMES)
 
 
+def test_the_function_takes_a_cluster(slides, cluster, tmp_path, monkeypatch):
+    how = {"model": "stain-baseline", "device": "cpu", "tile_size": 256, "workers": 1}
+    wsi_pipeline.run([slides["a"]], tmp_path / "here", **how)
+    # Names that only this process understands reach the workers as whole ones.
+    monkeypatch.chdir(tmp_path)
+    (report,) = wsi_pipeline.run(
+        [os.path.relpath(slides["a"])], "there", dask=cluster.scheduler_address, **how
+    )
+    assert report.status == "done"
+    assert tables(tmp_path / "there") == tables(tmp_path / "here")
+
+
+def test_a_disk_that_is_not_shared_is_noticed(slides, cluster, tmp_path):
+    (report,) = run_on_dask(
+        [job(slides["a"], tmp_path / "absent")],
+        StubLoader(tmp_path),
+        address=cluster.scheduler_address,
+        watcher=Watcher(),
+        stop=lambda: False,
+    )
+    assert "does not see the results folder" in report.error["message"]
+
+
 def test_a_bad_slide_fails_alone_or_ends_the_run_if_asked(slides, cluster, tmp_path):
     bad = tmp_path / "bad.svs"
     bad.write_bytes(b"II*\0 this is no slide" * 500_000)
@@ -141,7 +168,8 @@ def test_a_slide_that_kills_is_given_up_and_the_others_are_done(slides, cluster,
 
 def test_a_task_that_only_kills_workers_ends_in_a_report(slides, cluster, tmp_path, monkeypatch):
     """It dies while the network is loaded, so the slide's log does not tell."""
-    monkeypatch.setattr(dasked, "MOST_SUBMISSIONS", 1)
+    monkeypatch.setattr(dasked, "MOST_SUBMISSIONS", 2)
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
     (report,) = go(slides, tmp_path, "a", cluster, load=StubLoader(tmp_path, kills=("cuda:1",)))
     assert report.status == "failed"
     assert "workers died again and again: KilledWorker" in report.error["message"]
@@ -168,7 +196,7 @@ def kinds():
         name: {"cls": distributed.Nanny, "options": {**options, "resources": resources}}
         for name, resources in {"gpu": GPU, "cpu": OBJECTS}.items()
     }
-    scheduler = {"cls": distributed.Scheduler, "options": {"dashboard": False, "port": 0}}
+    scheduler = {"cls": distributed.Scheduler, "options": {"dashboard_address": ":0", "port": 0}}
     with distributed.SpecCluster(scheduler=scheduler, workers=workers) as cluster:
         yield cluster
 
@@ -231,9 +259,7 @@ def reached(address: str) -> None:
     raise AssertionError("the scheduler did not start")
 
 
-def test_a_scheduler_that_comes_back_goes_on_one_that_does_not_says_so(
-    slides, alone, loose, tmp_path
-):
+def test_a_scheduler_that_comes_back_is_gone_on_with(slides, alone, loose, tmp_path):
     address, scheduler, worker = loose
     first = scheduler()
     reached(address)
@@ -254,3 +280,50 @@ def test_a_scheduler_that_comes_back_goes_on_one_that_does_not_says_so(
     assert starts(tmp_path, "big") == 2
     assert tables(tmp_path) == alone
     assert nothing_left_over(tmp_path)
+
+
+def test_a_scheduler_that_stays_away_leaves_its_slides_interrupted(slides, loose, tmp_path):
+    address, scheduler, _ = loose
+    first = scheduler()
+    reached(address)
+    killer = threading.Timer(2, first.kill)
+    killer.start()
+    reports = go(slides, tmp_path, "ab", address, patience_s=1)
+    assert [report.status for report in reports] == ["interrupted"] * 2
+    assert "Run the same command again" in reports[0].error["message"]
+
+
+def test_the_command_ends_with_75_when_the_scheduler_stays_away(slides, tmp_path, monkeypatch):
+    def leave(jobs, _load, **_how):
+        reports = [refuse(job, JobError("gone")) for job in jobs]
+        reports[0].status = "interrupted"
+        return reports
+
+    monkeypatch.setattr("wsi_pipeline.api.run_on_dask", leave)
+    some = [str(slides[name]) for name in "ab"]
+    result = CliRunner().invoke(run, [*some, "--out", str(tmp_path / "out"), "--dask", "tcp://h:1"])
+    assert result.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("address", "more", "message"),
+    [
+        ("tcp://127.0.0.1:1", (), "no Dask scheduler answers at 'tcp://127.0.0.1:1'"),
+        ("nonsense", (), "is the address such as"),
+        ("tcp://127.0.0.1:1", ("--device", "cuda:all"), "each worker runs on one GPU"),
+    ],
+)
+def test_wrong_use_is_code_2_and_says_what_is_right(
+    slides, tmp_path, monkeypatch, address, more, message
+):
+    monkeypatch.setattr(dasked, "CONNECT_S", 0.5)
+    arguments = [str(slides["a"]), "--out", str(tmp_path / "out"), "--dask", address, *more]
+    result = CliRunner().invoke(run, arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_without_dask_it_says_what_to_install(slides, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(JobError, match=r"pip install 'wsi-pipeline\[cluster\]'"):
+        go(slides, tmp_path, "a", "tcp://h:1")

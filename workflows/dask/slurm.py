@@ -69,7 +69,7 @@ class Jobs(SLURMCluster):
             interface=options.interface,
             log_directory=f"{options.out}/logs/dask",
             death_timeout=600,
-            scheduler_options={"dashboard": False},
+            scheduler_options={"dashboard_address": ":0"},
         )
         total = sum(self.wanted.values())
         # A job whose time is over is replaced.

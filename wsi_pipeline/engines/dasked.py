@@ -64,7 +64,7 @@ def run_on_dask(
     overwrite: bool = False,
     retry_failed: bool = True,
     fail_fast: bool = False,
-    patience_s: float = PATIENCE_S,
+    patience_s: float | None = None,
 ) -> list[RunReport]:
     """Run slides on a Dask cluster; a slide that fails becomes a report and the others go on.
 
@@ -81,7 +81,7 @@ def run_on_dask(
         overwrite: as of ``run_slides``.
         retry_failed: as of ``run_slides``.
         fail_fast: begin no further slide after one has failed.
-        patience_s: how long to wait for a scheduler that is gone.
+        patience_s: how long to wait for a scheduler that is gone; None: :data:`PATIENCE_S`.
 
     Returns:
         Reports in the order of ``jobs``. If the scheduler went and did not come back, slides
@@ -90,6 +90,7 @@ def run_on_dask(
     Raises:
         JobError: Dask is not installed, or nobody answers; nothing was started.
     """
+    patience_s = PATIENCE_S if patience_s is None else patience_s
     wanted = [_anywhere(job) for job in jobs]
     common = {"load": load, "device": device, "workers": workers}
     common |= {"overwrite": overwrite, "retry_failed": retry_failed}
