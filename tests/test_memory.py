@@ -68,6 +68,14 @@ def test_too_small_a_cap_is_refused_with_the_least_that_does():
     assert fit_sizes(FULL, WANTED, cap=f"{least + 32}M").tile_px == 256
 
 
+def test_processes_divide_a_cap():
+    for share in (2, 3):
+        half = fit_sizes(FULL, WANTED, cap=f"{share * 2}G", share=share)
+        assert half == fit_sizes(FULL, WANTED, cap="2G")
+    with pytest.raises(JobError, match="in each of 4 processes needs at least"):
+        fit_sizes(FULL, WANTED, cap="2G", share=4)
+
+
 def test_what_was_asked_for_stays_or_is_refused():
     asked = replace(WANTED, extractors=1)
     fixed = ["tile_px", "extractors"]

@@ -597,6 +597,15 @@ def test_objects_only_keeps_the_reason_why_there_are_no_maps(slide, tmp_path):
     assert "the stub fails as told" in report.error["message"]
 
 
+def test_objects_made_again_keep_their_maps(slide, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "out")
+    jobs = [job(slide, tmp_path / "out")]
+    how = {"only": "objects", "overwrite": True, "watcher": Watcher(), "stop": lambda: False}
+    (report,) = run_slides(jobs, None, **how)
+    assert (report.status, how["watcher"].ended) == ("done", [("a", "done", False)])
+    assert results(tmp_path / "out") == results(undisturbed[0])
+
+
 def test_a_slide_that_kills_again_and_again_is_given_up(slide, tmp_path, monkeypatch):
     def kill(*_args, **_kwargs):
         raise Killed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,10 +18,11 @@ from wsi_pipeline.batch import (
     require_size,
     take_shard,
 )
-from wsi_pipeline.engines import Only, Watcher, run_slides
+from wsi_pipeline.engines import Only, Watcher, run_on_dask, run_on_devices, run_slides
 from wsi_pipeline.errors import JobError, ModelBundleError, WsiPipelineError
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob
+from wsi_pipeline.loading import BundleLoader, visible_alone
 from wsi_pipeline.machine import available_cpus, peak_rss_mb
 from wsi_pipeline.memory import parse_size
 from wsi_pipeline.redaction import Redaction
@@ -77,20 +78,23 @@ def plan_run(
     shard: str | None = None,
     keep_maps: bool = True,
     device: str = "auto",
+    elsewhere: bool = False,
     overwrite: bool = False,
     redact_paths: bool = False,
 ) -> Plan:
     """Find the slides and the model, and say what is to be done; touches nothing.
 
     Where no model is named, a folder goes on with the one it was begun with, whatever the
-    device; a new folder gets the device's default.
+    device; a new folder gets the device's default. With ``elsewhere`` the device is one of other
+    machines, and need not be here.
 
     Raises:
         JobError: the slides or the shard make no sense, or the model that the folder was begun
             with is not here (and ``overwrite`` is not set).
         ModelBundleError: there is no such model, or it is broken.
     """
-    from wsi_pipeline.bundle import find_bundle
+    from wsi_pipeline.bundle import default_bundle, find_bundle
+    from wsi_pipeline.device import name_devices
 
     if isinstance(slides, str | os.PathLike):
         slides = [slides]
@@ -102,8 +106,12 @@ def plan_run(
         for entry in collect_slides([os.fspath(slide) for slide in slides], mask_dir=masks)
     )
     folder = Path(out)
-    if model is None:
-        bundle = _frozen_bundle(folder, overwrite=overwrite) or find_bundle(device=device)
+    if model is None and elsewhere:
+        default = default_bundle(device.partition(":")[0])
+        bundle = _frozen_bundle(folder, overwrite=overwrite) or find_bundle(default)
+    elif model is None:
+        frozen = _frozen_bundle(folder, overwrite=overwrite)
+        bundle = frozen or find_bundle(device=name_devices(device)[0])
     else:
         bundle = find_bundle(model)
     named = (masks, bundle.path)
@@ -146,6 +154,7 @@ def execute(
     overwrite: bool = False,
     retry_failed: bool = True,
     fail_fast: bool = False,
+    dask: str | None = None,
     watcher: Watcher | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[RunReport]:
@@ -158,21 +167,29 @@ def execute(
         "workers": workers,
         "memory": memory,
     }
-    plan, predictor = _begin(plan, options, network=only != "objects", overwrite=overwrite)
-    # Slides that have killed a process come last: the others are done before they do it again.
-    jobs = sorted(plan.jobs, key=deaths)
-    extractors = available_cpus() if workers == "auto" else workers
-    reports = run_slides(
-        jobs,
-        predictor,
-        watcher=watcher or _Silent(),
-        stop=stop,
-        only=only,
-        workers=predictor.extractors if predictor else extractors,
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        fail_fast=fail_fast,
-    )
+    devices = _devices(device, dask, network=only != "objects")
+    if dask is None and len(devices) == 1:
+        (options["device"],) = devices
+    network = dask is None and len(devices) == 1 and only != "objects"
+    plan, predictor = _begin(plan, options, network=network, overwrite=overwrite)
+    how: dict[str, Any] = {
+        "watcher": watcher or _Silent(),
+        "stop": stop,
+        "only": only,
+        "overwrite": overwrite,
+        "retry_failed": retry_failed,
+        "fail_fast": fail_fast,
+    }
+    if dask is not None:
+        reports = _run_on_dask(plan, dask, options, how)
+    elif len(devices) > 1:
+        load = BundleLoader.of(plan.bundle, {**options, "share": len(devices)}, alone=True)
+        reports = run_on_devices(plan.jobs, load, devices=visible_alone(devices), **how)
+    else:
+        extractors = available_cpus() if workers == "auto" else workers
+        how["workers"] = predictor.extractors if predictor else extractors
+        # Slides that have killed a process come last: the others are done before they do it again.
+        reports = run_slides(sorted(plan.jobs, key=deaths), predictor, **how)
     if memory is not None and peak_rss_mb() * (1 << 20) > parse_size(memory):
         log.warning("the run held %.0f MiB, more than --memory %s", peak_rss_mb(), memory)
     if len(plan.jobs) == len(plan.entries) and not stop():
@@ -201,6 +218,7 @@ def run(
     retry_failed: bool = True,
     fail_fast: bool = False,
     redact_paths: bool = False,
+    dask: str | None = None,
 ) -> list[RunReport]:
     """Turn slides into tables, as ``wsi-run`` does.
 
@@ -209,7 +227,9 @@ def run(
         out: the results folder; a run that was interrupted there goes on.
         model: name of a bundle or its folder; None is what ``out`` was begun with, and for a
             new folder the default of the device.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``cuda:all`` or a list such as
+            ``cuda:0,cuda:2`` runs a process on each of these GPUs, and divides ``memory`` and the
+            threads that are ``auto`` among them.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         batch_size: tiles the network sees at a time.
         tile_size: side of a tile in pixels of the model's mpp, a multiple of 16.
@@ -228,9 +248,12 @@ def run(
         fail_fast: begin no further slide after one has failed.
         redact_paths: write file names alone, never the folders they lie in, into reports, logs,
             ``run.json`` and the summary. A folder that was begun so stays so.
+        dask: address of a Dask scheduler; the slides run on its workers instead of here, and
+            ``device``, ``memory`` and ``workers`` are those of each worker.
 
     Returns:
-        One report a slide of this shard; failed ones say why in ``error``.
+        One report a slide of this shard; failed ones say why in ``error``. Slides that a Dask
+        scheduler took with it have the status ``interrupted``: the same call goes on.
 
     Raises:
         JobError: the run makes no sense as asked; nothing was started.
@@ -245,6 +268,7 @@ def run(
         shard=shard,
         keep_maps=keep_maps,
         device=device,
+        elsewhere=dask is not None,
         overwrite=overwrite,
         redact_paths=redact_paths,
     )
@@ -260,6 +284,38 @@ def run(
         overwrite=overwrite,
         retry_failed=retry_failed,
         fail_fast=fail_fast,
+        dask=dask,
+    )
+
+
+def _devices(device: str, dask: str | None, *, network: bool) -> tuple[str, ...]:
+    """Return the devices that get a process each; one where this process does all or none.
+
+    Raises:
+        JobError: one of several is not here, or several are asked of Dask's workers.
+    """
+    from wsi_pipeline.device import name_devices
+
+    if dask is not None and (device == "cuda:all" or "," in device):
+        msg = (
+            f"--device {device} with --dask: each worker runs on one GPU. Start one a GPU that "
+            "sees no other, and leave out --device"
+        )
+        raise JobError(msg)
+    return name_devices(device) if network and dask is None else (device,)
+
+
+def _run_on_dask(
+    plan: Plan, address: str, options: Mapping[str, Any], how: Mapping[str, Any]
+) -> list[RunReport]:
+    device, workers = options["device"], options["workers"]
+    return run_on_dask(
+        plan.jobs,
+        BundleLoader.of(plan.bundle, options),
+        address=address,
+        device=device,
+        workers=None if workers == "auto" else workers,
+        **how,
     )
 
 

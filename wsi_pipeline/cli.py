@@ -17,6 +17,7 @@ from wsi_pipeline.annotating import annotate_command
 from wsi_pipeline.benching import bench_command
 from wsi_pipeline.command import (
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     arithmetic_options,
     exit_if_interrupted,
     log_to_stderr,
@@ -93,6 +94,12 @@ def wsi() -> None:
     type=click.Choice(["maps", "objects"]),
     help="Half of the work: 'maps' ends when the maps are complete; 'objects' makes the tables of "
     "complete maps, without the network and whatever device made them.",
+)
+@click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Run the slides on this Dask scheduler, such as tcp://10.0.0.1:8786, instead of here; "
+    "--device, --memory and --workers are those of each of its workers.",
 )
 @click.option("--overwrite", is_flag=True, help="Do finished slides again.")
 @click.option(
@@ -178,6 +185,7 @@ def run(
             shard=shard,
             keep_maps=keep_maps,
             device=how["device"],
+            elsewhere=how["dask"] is not None,
             overwrite=how["overwrite"],
             redact_paths=redact_paths,
         )
@@ -199,6 +207,8 @@ def run(
         if not json_lines:
             _print_end(reports, plan)
     exit_if_interrupted(caught)
+    if any(report.status == "interrupted" and not report.left for report in reports):
+        raise SystemExit(EXIT_INTERRUPTED)  # the scheduler went and did not come back
     if any(not report.as_asked for report in reports):
         raise SystemExit(EXIT_FAILED)
 

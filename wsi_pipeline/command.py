@@ -54,7 +54,10 @@ def arithmetic_options(command: Callable[..., None]) -> Callable[..., None]:
     }
     options = [
         click.option(
-            "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, mps"
+            "--device",
+            default="auto",
+            show_default=True,
+            help="auto, cpu, cuda, cuda:N, mps; wsi-run: cuda:all, a process on each GPU",
         ),
         click.option(
             "--precision",

@@ -17,6 +17,7 @@ __all__ = [
     "choose_device",
     "choose_precision",
     "half_pays",
+    "name_devices",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +47,27 @@ def choose_device(name: str) -> str:
             f"device {name!r} is not here: torch {torch.__version__} sees {count} {kind}"
         )
     return name
+
+
+def name_devices(text: str) -> tuple[str, ...]:
+    """Return the devices that a run is to use: ``cuda:all`` and lists are several.
+
+    Args:
+        text: ``cuda:all``, names of GPUs with commas between them, or any one device, which is
+            not looked at.
+
+    Raises:
+        JobError: one of several is not here, is none of CUDA's, or is named twice.
+    """
+    if text == "cuda:all":
+        choose_device("cuda")
+        return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    if "," not in text:
+        return (text,)
+    names = tuple(name.strip() for name in text.split(","))
+    if len(set(names)) < len(names) or not all(name.startswith("cuda:") for name in names):
+        raise JobError(f"device {text!r}: several are named like cuda:0,cuda:2, each once")
+    return tuple(map(choose_device, names))
 
 
 def half_pays(architecture: str) -> bool:
@@ -84,9 +106,14 @@ def auto_batch(device: str, read_px: int) -> int:
     return max(1, min(8, int(memory * 0.5 / (1200 * read_px**2))))
 
 
-def auto_workers(device: str) -> int:
-    """Return how many threads decode: a CPU that also predicts keeps half of its cores."""
-    cpus = available_cpus()
+def auto_workers(device: str, share: int = 1) -> int:
+    """Return how many threads decode: a CPU that also predicts keeps half of its cores.
+
+    Args:
+        device: where the network runs.
+        share: processes that divide the processors among them.
+    """
+    cpus = max(1, available_cpus() // share)
     return min(8, cpus) if device.startswith("cuda") else max(1, min(4, cpus // 2))
 
 

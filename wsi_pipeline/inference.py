@@ -117,6 +117,7 @@ class TorchPredictor:
         batch_size: int | str = "auto",
         workers: int | str = "auto",
         memory: int | str | None = None,
+        share: int = 1,
     ) -> TorchPredictor:
         """Load a bundle's network; ``auto`` chooses what suits the machine.
 
@@ -130,6 +131,7 @@ class TorchPredictor:
             batch_size: tiles a pass. Auto: by the memory of a CUDA device, else 1.
             workers: threads that decode the slide, and that extract objects.
             memory: what a run holds at most on the host, see :mod:`wsi_pipeline.memory`.
+            share: processes like this one at the same time; memory and processors are divided.
 
         Raises:
             JobError: an impossible choice.
@@ -152,10 +154,11 @@ class TorchPredictor:
             Sizes(
                 tile_px=tile_px,
                 batch_size=_positive("batch size", batch_size, auto=auto_batch(device, read_px)),
-                extractors=_positive("workers", workers, auto=available_cpus()),
+                extractors=_positive("workers", workers, auto=max(1, available_cpus() // share)),
             ),
             cap=memory,
             fixed=[name for name, value in asked.items() if value != "auto"],
+            share=share,
         )
         predictor = cls(
             bundle.spec,
@@ -165,7 +168,7 @@ class TorchPredictor:
             tile_px=sizes.tile_px,
             halo_px=bundle.spec.halo_px,
             batch_size=sizes.batch_size,
-            workers=_positive("workers", workers, auto=auto_workers(device)),
+            workers=_positive("workers", workers, auto=auto_workers(device, share)),
             extractors=sizes.extractors,
             canvas_bytes=sizes.canvas_bytes,
         )

@@ -138,7 +138,12 @@ def default_cap(*, on_host: bool) -> int:
 
 
 def fit_sizes(
-    demand: Demand, wanted: Sizes, *, cap: str | int | None, fixed: Sequence[str] = ()
+    demand: Demand,
+    wanted: Sizes,
+    *,
+    cap: str | int | None,
+    fixed: Sequence[str] = (),
+    share: int = 1,
 ) -> Sizes:
     """Return the largest sizes, up to the wanted ones, with which a run stays below a cap.
 
@@ -148,17 +153,19 @@ def fit_sizes(
         cap: bytes, or text for :func:`parse_size`; None: :func:`default_cap`, below which no
             promise is made: where even the smallest sizes need more, they are taken.
         fixed: fields of ``wanted`` that somebody asked for and that stay.
+        share: processes like this one that divide the cap among them.
 
     Raises:
         JobError: the cap that was given is not a size, or less than the least that is needed.
     """
-    most = default_cap(on_host=demand.on_host) if cap is None else parse_size(cap)
+    most = (default_cap(on_host=demand.on_host) if cap is None else parse_size(cap)) // share
     for sizes in _candidates(demand, wanted, fixed):
         if demand.peak(sizes) <= most:
             return sizes
     least = demand.peak(sizes)
     stay = [f"--{_OPTIONS[name]} {getattr(sizes, name)}" for name in fixed]
     asked = f" with {' and '.join(stay)}" if stay else ""
+    asked += f" in each of {share} processes" if share > 1 else ""
     if cap is None:
         log.warning("this run%s may need %s, %s are there", asked, _mib(least), _mib(most))
         return sizes

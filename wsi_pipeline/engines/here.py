@@ -206,7 +206,8 @@ class _Run:
         self.watcher.start(job)
         try:
             # Only what was finished is thrown away: an interrupted --overwrite goes on.
-            _clear(job, maps=self.overwrite and finished_report(job) is not None)
+            again = self.overwrite and self.only != "objects"
+            _clear(job, maps=again and finished_report(job) is not None)
         except BaseException:
             attempt.release()
             raise
