@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Literal
 import click
 
 from wsi_pipeline.errors import WsiPipelineError
-from wsi_pipeline.redaction import Redaction
+from wsi_pipeline.redaction import LogLines, Redaction
 
 __all__ = [
     "EXIT_CTRL_C",
@@ -126,25 +125,9 @@ def log_to_stderr(*, verbose: bool, json_lines: bool = False, redaction: Redacti
     """
     level = logging.INFO if verbose else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines(json_lines=json_lines, redaction=redaction))
+    handler.setFormatter(LogLines(json_lines=json_lines, redaction=redaction))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=json_lines or bool(redaction.folders))
-
-
-class _Lines(logging.Formatter):
-    """Log records as lines of text or JSON."""
-
-    def __init__(self, *, json_lines: bool, redaction: Redaction) -> None:
-        super().__init__(None if json_lines else logging.BASIC_FORMAT)
-        self._json = json_lines
-        self._redaction = redaction
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = self._redaction.text(super().format(record))
-        if not self._json:
-            return text
-        facts = {"level": record.levelname.lower(), "logger": record.name, "message": text}
-        return json.dumps({"event": "log", **facts})
 
 
 @contextmanager

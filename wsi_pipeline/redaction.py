@@ -7,6 +7,7 @@ What is written of a run passes one :class:`Redaction`, that of its job: reports
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Redaction"]
+__all__ = ["LogLines", "Redaction"]
 
 FOLDER = "[folder]"
 """What stands for a folder that is named without a file in it."""
@@ -128,3 +129,20 @@ def _forms(folders: Iterable[str]) -> frozenset[str]:
             own = Path(path)
             forms |= {str(part) for part in (own, *own.parents) if part != part.parent}
     return frozenset(forms)
+
+
+class LogLines(logging.Formatter):
+    """Log records as lines of text or JSON that name no folder; it may be sent to a process."""
+
+    def __init__(self, *, json_lines: bool, redaction: Redaction) -> None:
+        super().__init__(None if json_lines else logging.BASIC_FORMAT)
+        self._json = json_lines
+        self._redaction = redaction
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        text = self._redaction.text(super().format(record))
+        if not self._json:
+            return text
+        facts = {"level": record.levelname.lower(), "logger": record.name, "message": text}
+        return json.dumps({"event": "log", **facts})

@@ -29,6 +29,7 @@ from wsi_pipeline.engines.here import Only, run_slides
 from wsi_pipeline.errors import JobError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.job import RunReport, SlideJob
+from wsi_pipeline.redaction import LogLines
 
 __all__ = ["Child", "Load", "Order", "serve"]
 
@@ -48,6 +49,8 @@ class Order:
     overwrite: bool
     retry_failed: bool
     log_level: int
+    log_lines: LogLines | None
+    """How the parent writes its log; the child's goes to the same place."""
 
 
 class Child:
@@ -129,7 +132,9 @@ def serve(descriptor: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     parent = _Parent(Connection(descriptor))
     order = parent.order
-    logging.basicConfig(level=order.log_level, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(order.log_lines or logging.Formatter(logging.BASIC_FORMAT))
+    logging.basicConfig(level=order.log_level, handlers=[handler])
     try:
         predictor = order.load(order.device)
     except WsiPipelineError as error:

@@ -20,6 +20,7 @@ from wsi_pipeline.engines.here import MOST_DEATHS, Only, Watcher
 from wsi_pipeline.engines.turns import in_good_order
 from wsi_pipeline.errors import JobError, WsiPipelineError
 from wsi_pipeline.job import RunReport, SlideJob
+from wsi_pipeline.redaction import LogLines
 
 __all__ = ["run_on_devices"]
 
@@ -76,6 +77,7 @@ def run_on_devices(
         "overwrite": overwrite,
         "retry_failed": retry_failed,
         "log_level": logging.getLogger().getEffectiveLevel(),
+        "log_lines": _log_lines(),
     }
     with _Crew(wanted, devices, order, watcher, fail_fast=fail_fast) as crew:
         while crew.at_work:
@@ -235,3 +237,9 @@ class _Crew:
                 child = Child(Order(device=device, **self._order), environment)
                 self._children[child.link] = child
                 fresh += 1
+
+
+def _log_lines() -> LogLines | None:
+    """Return how this process writes its log, if that is a way of ours."""
+    formatters = (handler.formatter for handler in logging.getLogger().handlers)
+    return next((own for own in formatters if isinstance(own, LogLines)), None)
