@@ -312,7 +312,7 @@ def test_the_gather_has_all_slides_and_says_that_one_is_not_done(disturbed, clus
         rows = {row["slide_id"]: row["status"] for row in csv.DictReader(file)}
     assert rows == {s: r["status"] for s, r in reports(disturbed.out).items()}
     (log,) = (disturbed.out / "slurm" / "logs").glob("gather-*.log")
-    assert "20 slides: 19 done, 1 failed, 0 interrupted, 0 missing" in log.read_text()
+    assert "20 slides: 19 done, 0 running, 0 interrupted, 0 missing, 1 failed" in log.read_text()
 
 
 def test_the_same_line_again_does_what_is_left(disturbed, quiet, cluster, slides):
