@@ -277,7 +277,8 @@ def test_a_scheduler_that_comes_back_is_gone_on_with(slides, alone, loose, tmp_p
     reports = go(slides, tmp_path, NAMES, address, load=StubLoader(tmp_path, 0.2))
     thread.join()
     assert {report.status for report in reports} == {"done"}
-    assert starts(tmp_path, "big") == 2
+    ends = [event["status"] for event in events(tmp_path, "big") if event["event"] == "end"]
+    assert ends == ["interrupted", "done"]
     assert tables(tmp_path) == alone
     assert nothing_left_over(tmp_path)
 

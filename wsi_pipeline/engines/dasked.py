@@ -233,17 +233,17 @@ class _Batch:
         """Deal with a task that has ended."""
         if slide_id not in self._futures or self._futures[slide_id] is not future:
             return  # of an earlier client, or not wanted any more
-        if future.status not in ("finished", "error"):
-            raise Lost("it has forgotten the tasks of this run")
+        del self._futures[slide_id]
         job = self._left[slide_id]
         try:
             receipt = future.result(timeout=RECEIPT_S)
         except Exception as error:  # of Dask; those of slides are in their reports
-            del self._futures[slide_id]
             require(client)
+            if future.status not in ("finished", "error"):
+                # It may be a new one already, at the same address.
+                raise Lost("it has forgotten the tasks of this run") from error
             self._lose(client, job, error)
         else:
-            del self._futures[slide_id]
             self._settle(client, job, receipt)
 
     def _lose(self, client: Client, job: SlideJob, error: Exception) -> None:
