@@ -27,7 +27,7 @@ from engine_fixtures import (
 import wsi_pipeline
 from wsi_pipeline.attempt import refuse
 from wsi_pipeline.cli import run
-from wsi_pipeline.engines import dasked, run_on_dask, run_slides
+from wsi_pipeline.engines import connection, dasked, run_on_dask, run_slides
 from wsi_pipeline.errors import JobError
 
 distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
@@ -277,7 +277,8 @@ def test_a_scheduler_that_comes_back_is_gone_on_with(slides, alone, loose, tmp_p
     reports = go(slides, tmp_path, NAMES, address, load=StubLoader(tmp_path, 0.2))
     thread.join()
     assert {report.status for report in reports} == {"done"}
-    assert starts(tmp_path, "big") == 2
+    ends = [event["status"] for event in events(tmp_path, "big") if event["event"] == "end"]
+    assert ends == ["interrupted", "done"]
     assert tables(tmp_path) == alone
     assert nothing_left_over(tmp_path)
 
@@ -316,7 +317,7 @@ def test_the_command_ends_with_75_when_the_scheduler_stays_away(slides, tmp_path
 def test_wrong_use_is_code_2_and_says_what_is_right(
     slides, tmp_path, monkeypatch, address, more, message
 ):
-    monkeypatch.setattr(dasked, "CONNECT_S", 0.5)
+    monkeypatch.setattr(connection, "CONNECT_S", 0.5)
     arguments = [str(slides["a"]), "--out", str(tmp_path / "out"), "--dask", address, *more]
     result = CliRunner().invoke(run, arguments)
     assert result.exit_code == 2

@@ -8,12 +8,18 @@ Done slides are skipped, so the same command goes on.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from distributed import LocalCluster
 
 from wsi_pipeline.cli import main_run
 from wsi_pipeline.machine import available_cpus, memory_limit
+
+
+def dask_setup(_worker: object) -> None:
+    """Let a terminal's Ctrl-C reach the command alone, which then tells the workers to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main() -> None:
@@ -29,7 +35,11 @@ def main() -> None:
     share_mib = int(0.75 * memory_limit() / arguments.workers) >> 20
     # Dask's own limit is off: it counts the cached pixels of a slide as a leak.
     with LocalCluster(
-        n_workers=arguments.workers, threads_per_worker=1, memory_limit=0, dashboard_address=None
+        n_workers=arguments.workers,
+        threads_per_worker=1,
+        memory_limit=0,
+        dashboard_address=None,
+        preload=[__file__],  # for dask_setup
     ) as cluster:
         main_run(
             [

@@ -19,14 +19,15 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from wsi_pipeline.attempt import refuse
 from wsi_pipeline.engines.child import Load
+from wsi_pipeline.engines.connection import Lost, ask, first_client, next_client, require
 from wsi_pipeline.engines.here import Only, Watcher
 from wsi_pipeline.engines.tasks import Receipt, Task, Word, give_up, pass_on, run_task
 from wsi_pipeline.engines.turns import in_good_order
-from wsi_pipeline.errors import Interrupted, JobError, SlideBusyError, WsiPipelineError
+from wsi_pipeline.errors import Interrupted, SlideBusyError, WsiPipelineError
 from wsi_pipeline.job import RunReport, SlideJob, finished_report
 from wsi_pipeline.lease import DEAD_AFTER_S, HEARTBEAT_S
 
@@ -36,12 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["PATIENCE_S", "run_on_dask"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 PATIENCE_S = 300.0
 """How long a scheduler that is gone is waited for."""
-CONNECT_S = 10.0
-"""How long one attempt to reach it may take."""
+RECEIPT_S = 10.0
+"""How long a receipt may take from its worker to here."""
 LOOK_S = 0.5
 """How often to look whether the run is to stop, or the scheduler is gone."""
 MOST_SUBMISSIONS = 8
@@ -95,24 +95,20 @@ def run_on_dask(
     common = {"load": load, "device": device, "workers": workers}
     common |= {"overwrite": overwrite, "retry_failed": retry_failed}
     batch = _Batch(wanted, common, watcher, stop, only=only, fail_fast=fail_fast)
-    client = _first_client(address)
+    client = first_client(address)
     while client is not None:
         try:
             batch.run(client)
             break
-        except _Lost as error:
+        except Lost as error:
             log.warning("the scheduler at %s is gone: %s", address, error.__cause__ or error)
         finally:
             with suppress(Exception):  # whatever it says: it is not needed any more
                 client.close(timeout=2)
-        client = None if batch.closed else _next_client(address, patience_s, stop)
+        client = None if batch.closed else next_client(address, patience_s, stop)
         if client is None and not batch.closed and not stop():
             batch.leave(address, patience_s)
     return [batch.reports[job.slide_id] for job in wanted if job.slide_id in batch.reports]
-
-
-class _Lost(Exception):  # noqa: N818 - a state, not a fault
-    """The scheduler does not answer, or has forgotten our tasks."""
 
 
 class _Batch:
@@ -158,7 +154,7 @@ class _Batch:
         """Submit what is left, and wait for it.
 
         Raises:
-            _Lost: the scheduler is gone; what is left can be run with another client.
+            Lost: the scheduler is gone; what is left can be run with another client.
         """
         self._futures.clear()
         client.subscribe_topic(self._run, self._hear)
@@ -189,7 +185,9 @@ class _Batch:
         """Wait for a worker, and note what resources there are."""
         said = False
         while self._offers is None and not self._stop():
-            workers = _ask(client.scheduler_info, n_workers=-1)["workers"]
+            require(client)
+            # It has none at all when the scheduler goes at this very moment.
+            workers = ask(client.scheduler_info, n_workers=-1).get("workers")
             if workers:
                 self._offers = {name for worker in workers.values() for name in worker["resources"]}
                 halves = self._only is None and self._offers >= {"GPU", "objects"}
@@ -198,7 +196,6 @@ class _Batch:
             if not said:
                 log.warning("no worker has come to the Dask scheduler yet; waiting for one")
             said = True
-            _require(client)
             time.sleep(LOOK_S)
 
     def _submit(self, client: Client, job: SlideJob) -> None:
@@ -217,7 +214,7 @@ class _Batch:
             **{**self._common, **({"overwrite": False, "retry_failed": True} if second else {})},
         )
         resource = OFFERS[half]
-        future = _ask(
+        future = ask(
             client.submit,
             run_task,
             task,
@@ -236,17 +233,17 @@ class _Batch:
         """Deal with a task that has ended."""
         if slide_id not in self._futures or self._futures[slide_id] is not future:
             return  # of an earlier client, or not wanted any more
-        if future.status not in ("finished", "error"):
-            raise _Lost("it has forgotten the tasks of this run")
+        del self._futures[slide_id]
         job = self._left[slide_id]
         try:
-            receipt = future.result(timeout=CONNECT_S)
+            receipt = future.result(timeout=RECEIPT_S)
         except Exception as error:  # of Dask; those of slides are in their reports
-            del self._futures[slide_id]
-            _require(client)
+            require(client)
+            if future.status not in ("finished", "error"):
+                # It may be a new one already, at the same address.
+                raise Lost("it has forgotten the tasks of this run") from error
             self._lose(client, job, error)
         else:
-            del self._futures[slide_id]
             self._settle(client, job, receipt)
 
     def _lose(self, client: Client, job: SlideJob, error: Exception) -> None:
@@ -318,7 +315,7 @@ class _Batch:
         """Look whether the run is to end, and after slides that nobody can report."""
         failed = self._fail_fast and any(not r.as_asked for r in self.reports.values())
         self.closed = self.closed or failed or self._stop()
-        _require(client)
+        require(client)
         if self.closed:
             self._wind_up(client, "stop" if self._stop() else "close")
         for slide_id, (error, until) in list(self._doomed.items()):
@@ -335,8 +332,8 @@ class _Batch:
 
     def _wind_up(self, client: Client, word: Word) -> None:
         """Tell all workers, and forget the tasks that no worker has."""
-        _ask(client.run, pass_on, self._run, word, on_error="ignore")
-        assigned = {key for keys in _ask(client.processing).values() for key in keys}
+        ask(client.run, pass_on, self._run, word, on_error="ignore")
+        assigned = {key for keys in ask(client.processing).values() for key in keys}
         absent = {
             slide_id
             for slide_id, future in self._futures.items()
@@ -346,56 +343,6 @@ class _Batch:
         for slide_id in absent & self._absent:
             self._futures.pop(slide_id).cancel()
         self._absent = absent
-
-
-def _first_client(address: str) -> Client:
-    try:
-        import distributed  # noqa: F401 - to say early that it is absent
-    except ImportError as error:
-        msg = (
-            "--dask needs the package distributed, which is not installed here: "
-            "pip install 'wsi-pipeline[cluster]'"
-        )
-        raise JobError(msg) from error
-    try:
-        return _client(address)
-    except (OSError, ValueError) as error:
-        msg = (
-            f"no Dask scheduler answers at {address!r}: {error}. Is it running, is the address "
-            "such as tcp://10.0.0.1:8786, and may this machine connect to it?"
-        )
-        raise JobError(msg) from error
-
-
-def _next_client(address: str, patience_s: float, stop: Callable[[], bool]) -> Client | None:
-    """Return a client as soon as the scheduler answers again; None when patience has ended."""
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline and not stop():
-        try:
-            return _client(address)
-        except (OSError, ValueError):
-            time.sleep(LOOK_S)
-    return None
-
-
-def _client(address: str) -> Client:
-    from distributed import Client
-
-    return Client(address, timeout=CONNECT_S, set_as_default=False)
-
-
-def _require(client: Client) -> None:
-    if client.status != "running":
-        raise _Lost(f"the connection is {client.status}")
-
-
-def _ask(call: Callable[..., T], *arguments: Any, **named: Any) -> T:  # noqa: ANN401 - as call has
-    from distributed.client import ClosedClientError
-
-    try:
-        return call(*arguments, **named)
-    except (OSError, ClosedClientError) as error:
-        raise _Lost from error
 
 
 def _anywhere(job: SlideJob) -> SlideJob:
