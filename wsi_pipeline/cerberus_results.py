@@ -256,7 +256,9 @@ def _objects(
     types: list[int] = []
     probs: list[float] = []
     points = 0
-    for key, record in records.items():
+    count = len(records)
+    for key in [*records]:
+        record = records.pop(key)  # what was read makes room for what is made of it
         where = f"{kind.key} {key!r:.40}"
         contour = _contour(path, where, record.get("contour"))
         points += len(contour)
@@ -286,7 +288,7 @@ def _objects(
         types=np.array(types, np.int64)[order],
         probs=np.array(probs, np.float64)[order],
         mended=mended,
-        left_out=len(records) - len(real),
+        left_out=count - len(real),
     )
 
 

@@ -38,7 +38,7 @@ from wsi_pipeline.unpacked import RefusedError, Unpacked
 __all__ = ["LIMIT_BYTES", "read_plain_pickle"]
 
 LIMIT_BYTES = 4 << 30
-"""What a file, unpacked, and the values in it may take: some two million nuclei."""
+"""What a file, unpacked, and the values in it may take by our estimate: about a million nuclei."""
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
