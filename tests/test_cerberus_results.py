@@ -246,6 +246,11 @@ def test_the_command(tmp_path, slide):
     wrong = CliRunner().invoke(wsi, [*command, str(tmp_path / "a.csv")])
     assert wrong.exit_code == 2
     assert "must end in .parquet" in wrong.output
+    again = [*command, str(tmp_path / "b.parquet"), "--memory"]
+    small = CliRunner().invoke(wsi, [*again, "9K"])
+    assert small.exit_code == 2
+    assert "would take more than 0 MiB of memory, the limit" in small.output
+    assert CliRunner().invoke(wsi, [*again, "9M"]).exit_code == 0
 
 
 def test_a_hostile_file_runs_nothing(tmp_path, slide):

@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.errors import TableError
 from wsi_pipeline.job import file_digest, versions
-from wsi_pipeline.plain_pickle import LIMIT_BYTES, read_plain_pickle
+from wsi_pipeline.machine import memory_limit
+from wsi_pipeline.plain_pickle import read_plain_pickle
 from wsi_pipeline.polygons import shape_columns, valid_polygons
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.table import OBJECT_SCHEMA, ObjectWriter
@@ -115,7 +116,7 @@ def import_results(
     out: Path,
     *,
     mpp: float | None = None,
-    limit_bytes: int = LIMIT_BYTES,
+    limit_bytes: int | None = None,
 ) -> Imported:
     """Convert a result file of upstream's to a table of objects; nothing in it is run.
 
@@ -124,13 +125,15 @@ def import_results(
         slide_path: the slide it is about.
         out: the table; an older file there is replaced.
         mpp: pixel size of the slide, where it does not say it.
-        limit_bytes: what the file may take in memory.
+        limit_bytes: what the file may take in memory, some 4.5 kB a nucleus (which is more than
+            it does take); None: three quarters of what this process may hold.
 
     Raises:
         TableError: the file is damaged, refused, of another layout, or about another slide.
         SlideError: the slide cannot be opened.
         DiskFullError: no space.
     """
+    limit_bytes = memory_limit() // 4 * 3 if limit_bytes is None else limit_bytes
     content = read_plain_pickle(path, limit_bytes=limit_bytes)
     with Slide.open(slide_path, mpp=mpp) as slide:
         size, pixel_size = slide.size, (slide.pixel_size.x, slide.pixel_size.y)
@@ -256,7 +259,9 @@ def _objects(
     types: list[int] = []
     probs: list[float] = []
     points = 0
-    for key, record in records.items():
+    count = len(records)
+    for key in [*records]:
+        record = records.pop(key)  # what was read makes room for what is made of it
         where = f"{kind.key} {key!r:.40}"
         contour = _contour(path, where, record.get("contour"))
         points += len(contour)
@@ -286,7 +291,7 @@ def _objects(
         types=np.array(types, np.int64)[order],
         probs=np.array(probs, np.float64)[order],
         mended=mended,
-        left_out=len(records) - len(real),
+        left_out=count - len(real),
     )
 
 

@@ -38,7 +38,7 @@ from wsi_pipeline.unpacked import RefusedError, Unpacked
 __all__ = ["LIMIT_BYTES", "read_plain_pickle"]
 
 LIMIT_BYTES = 4 << 30
-"""What a file, unpacked, and the values in it may take: some two million nuclei."""
+"""What a file, unpacked, and the values in it may take unless another limit is given."""
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
@@ -177,7 +177,7 @@ class _Machine:
         self._left -= size
         if self._left < 0:
             limit = f"{self._limit / (1 << 20):,.0f} MiB"
-            raise RefusedError(f"it would take more than {limit} of memory")
+            raise RefusedError(f"it would take more than {limit} of memory, the limit set for it")
 
     def _push(self, value: object, size: int) -> None:
         self._charge(8 + size)
