@@ -117,7 +117,7 @@ class _Run:
         """Predict a slide; None when it has ended: settled before, failed or interrupted."""
         try:
             attempt = self._begin(job)
-        except (OSError, JobError) as error:
+        except (OSError, MemoryError, JobError) as error:
             # Its files are of no use, or another process is at it; other slides may go well.
             self._finish(job, refuse(job, error))
             return None
