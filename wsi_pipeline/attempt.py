@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -16,7 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from wsi_pipeline.durable import FULL, disk_errors
-from wsi_pipeline.errors import DiskFullError, Interrupted, SlideBusyError, WsiPipelineError
+from wsi_pipeline.errors import (
+    DiskFullError,
+    Interrupted,
+    OutOfMemoryError,
+    SlideBusyError,
+    WsiPipelineError,
+)
 from wsi_pipeline.history import append_event, earlier_starts
 from wsi_pipeline.job import (
     STAGES,
@@ -234,11 +241,21 @@ def _explain(error: Exception) -> tuple[str, str]:
         return error.code, str(error)
     if isinstance(error, OSError) and error.errno in FULL:
         return DiskFullError.code, f"no space is left: {error}"
-    if isinstance(error, MemoryError):
-        return "out_of_memory", "the host ran out of memory; use fewer --workers or smaller tiles"
-    if isinstance(error, RuntimeError) and "allocate memory" in str(error):
-        return "out_of_memory", f"the host ran out of memory ({error}); use smaller tiles"
+    if _is_out_of_memory(error):
+        reason = f" ({error})" if str(error) else ""
+        msg = f"the host ran out of memory{reason}; use fewer --workers, smaller tiles or --memory"
+        return OutOfMemoryError.code, msg
     return "internal", f"{type(error).__name__}: {error}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error is one of the many names that libraries have for a lack of memory."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    # torch, oneDNN, C++; and threads, which need memory for their stacks
+    said = ("allocate memory", "not enough memory", "could not create a memory object",
+            "bad_alloc", "start new thread", "launch worker thread")  # fmt: skip
+    return any(words in str(error) for words in said)
 
 
 def _now() -> str:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -263,13 +264,16 @@ def folder_facts(path: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions that may matter for a result."""
-    found = {"python": platform.python_version()}
+    return dict(_versions())
+
+
+@cache  # reading what is installed takes longer than some stages of a small slide
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("python", platform.python_version())]
     for name in ("wsi-pipeline", "torch", "numpy", "openslide-python", "zarr", "pyarrow", "numba"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            found.append((name, metadata.version(name)))
+    return tuple(found)
 
 
 _Content = tuple[str | None, int]

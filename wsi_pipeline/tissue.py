@@ -204,7 +204,8 @@ def read_mask(path: Path, slide_size: tuple[int, int]) -> TissueMask:
         MaskError: the file is missing, no image, or not of the slide's shape.
     """
     try:
-        with Image.open(path) as image:
+        # A file, not its name: Pillow would map it, and die if somebody made it shorter.
+        with path.open("rb") as file, Image.open(file) as image:
             mask = _opaque(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "there is no such file" if not path.exists() else str(error)

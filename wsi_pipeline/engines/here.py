@@ -155,7 +155,7 @@ class _Run:
         except SlideBusyError as error:
             self.busy[job] = error
             return None
-        except (OSError, WsiPipelineError) as error:
+        except (OSError, MemoryError, WsiPipelineError) as error:
             # Its files are of no use; other slides may go well.
             self._finish(job, refuse(job, error))
             return None

@@ -126,6 +126,8 @@ class TiffReader:
         try:
             pixels = this.decode(data, scale)
         except _DAMAGE as error:
+            if "memory" in str(error).lower():  # libjpeg's and zlib's: the tile is good
+                raise MemoryError(str(error)) from error
             raise TileError(str(error)) from error
         width, height = this.raster.tile_size
         if pixels.dtype != np.uint8 or pixels.shape != (height // scale, width // scale, 3):
