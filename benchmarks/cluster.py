@@ -232,9 +232,13 @@ class Cluster:
 
     # -- faults --------------------------------------------------------------------------------
 
-    def kill_controller(self) -> None:
-        """Kill slurmctld; running jobs go on, and nothing new begins."""
-        self._end("slurmctld", signal.SIGKILL)
+    def kill_controller(self, by: signal.Signals = signal.SIGKILL) -> None:
+        """Kill slurmctld; running jobs go on, and nothing new begins.
+
+        SIGKILL loses what it was told since it last saved its state, jobs that have ended, say;
+        SIGTERM lets it save.
+        """
+        self._end("slurmctld", by)
 
     def start_controller(self) -> None:
         """Start slurmctld from the state on disk, and wait until it answers."""

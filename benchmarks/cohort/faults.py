@@ -170,6 +170,8 @@ class Faults(threading.Thread):
         self._cluster.start_node()
 
     def _restart_controller(self) -> None:
-        self._cluster.kill_controller()
+        self._cluster.kill_controller(signal.SIGTERM)
         self._pause(2)
         self._cluster.start_controller()
+        # The node tells what runs on it; else a job that ended meanwhile seems to go on for long.
+        self._cluster.command("scontrol", "reconfigure", check=False)
