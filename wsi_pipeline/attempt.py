@@ -54,6 +54,7 @@ class Attempt:
     def __init__(self, job: SlideJob) -> None:
         self.job = job
         self._lock = _lock(job)
+        self._folder = _identity(job.out)
         self.stage_name = "open"
         self._outer: str | None = None
         self.predicted_px = 0
@@ -116,7 +117,6 @@ class Attempt:
             **details,
         }
         try:
-            self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.job.log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as problem:
@@ -153,11 +153,14 @@ class Attempt:
         report.peak_rss_mb = round(peak_rss_mb(), 1)
         report.finished = _now()
         try:
+            if _identity(self.job.out) != self._folder:
+                raise FileNotFoundError(f"the results folder {self.job.out} is gone")
             report.write(self.job.report_path)
         except (OSError, DiskFullError) as problem:
             report.status = "failed"
+            is_full = isinstance(problem, DiskFullError) or problem.errno == errno.ENOSPC
             report.error = error or {
-                "code": DiskFullError.code,
+                "code": DiskFullError.code if is_full else WsiPipelineError.code,
                 "stage": "write",
                 "message": f"the report could not be written: {problem}",
             }
@@ -268,6 +271,14 @@ def _lock(job: SlideJob) -> IO[str] | None:
         file.close()
         return None
     return file
+
+
+def _identity(folder: Path) -> int | None:
+    """Return what tells a folder from another one in its place; None where there is none."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _parsed(line: str) -> dict[str, Any]:
