@@ -182,3 +182,43 @@ def test_what_happens_to_a_slide_after_it_was_read_does_not_matter(slides, slide
     (report,) = run_slides([job], StandIn(), watcher=watcher, stop=lambda: False)
     assert report.done
     assert not slide.exists()
+
+
+@pytest.mark.parametrize("leaves", ["nothing", "an empty folder"])
+def test_a_results_folder_that_vanishes_fails_the_slide_and_may_come_back(slide, tmp_path, leaves):
+    """As where a network disk is lost: its mount point is then an empty folder."""
+    out, gone = tmp_path / "out", tmp_path / "gone"
+
+    def vanish():
+        out.rename(gone)
+        if leaves == "an empty folder":
+            out.mkdir()
+
+    report = go(slide, out, Meddler(vanish, at=4))
+    assert (report.status, report.error["code"]) == ("failed", "internal")
+    assert "is gone" in report.error["message"]
+    made = {path.name for path in out.rglob("*")} if out.exists() else set()
+    assert not made & {"logs", "reports", "objects", "a.zarr"}, "another folder in its place"
+    shutil.rmtree(out, ignore_errors=True)
+    gone.rename(out)
+    again = Meddler()
+    assert go(slide, out, again).done
+    assert 0 < again.seen < 12, "its finished blocks are kept"
+    assert go(slide, tmp_path / "fresh").done
+    assert files(out) == files(tmp_path / "fresh")
+
+
+def test_maps_that_vanish_before_they_are_read_make_no_empty_table(slide, tmp_path):
+    out = tmp_path / "out"
+
+    def vanish(job, stage, done, total):
+        if stage == "predict" and done == total:
+            (out / "maps").rename(out / "elsewhere")
+
+    watcher = Watcher()
+    watcher.advance = vanish
+    job = SlideJob(path=str(slide), slide_id="a", out=out, model_name="", model_digest="0" * 64)
+    (report,) = run_slides([job], StandIn(), watcher=watcher, stop=lambda: False)
+    assert report.status == "failed"
+    assert "is gone" in report.error["message"]
+    assert not (out / "objects" / "a.parquet").exists()

@@ -104,15 +104,18 @@ class Attempt:
         return self._lease.lost
 
     def require_ours(self) -> None:
-        """Make sure that no other process has taken the slide over.
+        """Make sure that the folder is there and no other process has taken the slide over.
 
         Raises:
             SlideBusyError: one has, while this process gave no sign of life.
+            WsiPipelineError: the results folder is gone.
         """
         if self.lost:
+            if not self.job.lease_path.parent.is_dir():
+                raise WsiPipelineError(f"the results folder {self.job.out} is gone")
             msg = (
-                "this process was stopped for so long that another has taken the slide over, or "
-                "the results folder is gone; nothing of this try is kept"
+                "this process was stopped for so long that another has taken the slide over; "
+                "nothing of this try is kept"
             )
             raise SlideBusyError(msg)
 

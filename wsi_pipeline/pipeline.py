@@ -164,6 +164,7 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
     """
     job, report, objects = attempt.job, attempt.report, predicted.draft.extraction
     with attempt.stage("write"), closing(predicted.draft), ExitStack() as stack:
+        predicted.store.require_there()
         metadata = _metadata(attempt, predicted)
         pixel_size = predicted.store.pixel_size
         table = ObjectWriter(job.objects_path, metadata=metadata, pixel_size=pixel_size)

@@ -203,6 +203,7 @@ class PredictionStore:
         if set(block.arrays) != set(self._arrays):
             msg = f"a block must hold {sorted(self._arrays)}, not {sorted(block.arrays)}"
             raise StoreError(msg)
+        self.require_there()
         with disk_errors(self.path):
             for key, pixels in block.arrays.items():
                 box = block.tile.write.coarsen(self._maps[key].stride)
@@ -277,7 +278,25 @@ class PredictionStore:
                 "run the slide again with --overwrite"
             )
             raise StoreError(msg) from error
-        return pixels if pixels.any() else None
+        if pixels.any():
+            return pixels
+        self.require_there()  # chunks of zeros have no file, and nor have those of a lost folder
+        return None
+
+    def require_there(self) -> None:
+        """Check that the store has not been taken away, as with a disk that is unmounted.
+
+        What is written to a lost folder would make another one in its place.
+
+        Raises:
+            StoreError: it has.
+        """
+        if not (self.path / "zarr.json").is_file():
+            msg = (
+                f"{self.path} is gone: was the results folder moved, or its disk unmounted? "
+                "Bring it back and run the same command again: finished blocks are kept."
+            )
+            raise StoreError(msg)
 
     def stored_chunks(self) -> Iterator[Pixels]:
         """Yield every chunk of the maps and their pyramids that takes a file, decoded."""
@@ -308,6 +327,7 @@ class PredictionStore:
         final = self.path.with_name(self.path.name.removeprefix(".").removesuffix(".partial"))
         if final == self.path:
             return self
+        self.require_there()
         with disk_errors(final):
             entries = []
             for key in self._arrays:

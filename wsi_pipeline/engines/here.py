@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from wsi_pipeline.attempt import Attempt, record, refuse
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
-from wsi_pipeline.errors import SlideBusyError, SlideError, WsiPipelineError
+from wsi_pipeline.errors import JobError, SlideBusyError, SlideError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
@@ -117,6 +117,8 @@ class _Run:
     fail_fast: bool
     reports: dict[str, RunReport] = field(default_factory=dict)
     busy: dict[SlideJob, SlideBusyError] = field(default_factory=dict)
+    recorded: bool | None = None
+    """Whether the results folder had a record of the run when the first slide was begun."""
 
     @property
     def beside(self) -> bool:
@@ -195,6 +197,7 @@ class _Run:
         )
 
     def _begin(self, job: SlideJob) -> Attempt | None:
+        self._require_folder(job)
         settled = self._settled(job)
         if settled is not None:
             if not job.keep_maps:
@@ -212,6 +215,17 @@ class _Run:
             attempt.release()
             raise
         return attempt
+
+    def _require_folder(self, job: SlideJob) -> None:
+        """Write nothing where a results folder was and is no more, such as below a mount point."""
+        recorded = (job.out / "run.json").exists()
+        if self.recorded and not recorded:
+            msg = (
+                f"the results folder {job.out} is gone, or its run.json; when it is back, run the "
+                "same command again"
+            )
+            raise JobError(msg)
+        self.recorded = recorded
 
     def _settled(self, job: SlideJob) -> RunReport | None:
         """Return the report of a slide on which nothing is left to be done."""
