@@ -17,7 +17,7 @@ HOW = ("--model", "stain-baseline", "--device", "cpu", "--tile-size", "256", "--
 
 SBATCH = """#!/bin/bash
 cp "$1" {folder}/script-$$
-setsid bash "$1" > /dev/null 2>&1 < /dev/null &
+setsid bash {folder}/script-$$ > {folder}/log-$$ 2>&1 < /dev/null &
 echo "Submitted batch job $!"
 """
 SCANCEL = """#!/bin/bash
@@ -57,7 +57,8 @@ def test_jobs_of_two_kinds(slide, tmp_path):
         *("--walltime", "90", "--partition", "night", "--gpu-jobs", "1", "--cpu-jobs", "1"),
         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
     )
-    assert ended.returncode == 0, ended.stderr
+    logs = "".join(path.read_text() for path in tmp_path.glob("log-*"))
+    assert ended.returncode == 0, ended.stderr + logs
     # The maps were made by one process, the tables by another.
     lines = (tmp_path / "out" / "logs" / "a.jsonl").read_text().splitlines()
     assert len({json.loads(line)["pid"] for line in lines}) == 2

@@ -56,7 +56,8 @@ def arithmetic_options(command: Callable[..., None]) -> Callable[..., None]:
             "--device",
             default="auto",
             show_default=True,
-            help="auto, cpu, cuda, cuda:N, mps; wsi-run: cuda:all, a process on each GPU",
+            help="auto, cpu, cuda, cuda:N, mps; of wsi-run also cuda:all, a process on each GPU, "
+            "which divide --memory and processors.",
         ),
         click.option(
             "--precision",

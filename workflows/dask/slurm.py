@@ -91,6 +91,7 @@ def main() -> None:
         kinds = {"GPU"} | ({"objects"} if options.cpu_jobs else set())
         with Client(cluster) as client:
             # What workers offer when a run begins decides whether slides go there in halves.
+            sys.stderr.write(f"waiting for workers that offer {' and '.join(sorted(kinds))}\n")
             while not kinds <= offered(client):
                 time.sleep(1)
         main_run(

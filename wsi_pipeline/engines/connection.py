@@ -40,7 +40,7 @@ def first_client(address: str) -> Client:
         )
         raise JobError(msg) from error
     try:
-        return _client(address)
+        return _client(address, CONNECT_S)
     except (OSError, ValueError) as error:
         msg = (
             f"no Dask scheduler answers at {address!r}: {error}. Is it running, is the address "
@@ -52,18 +52,18 @@ def first_client(address: str) -> Client:
 def next_client(address: str, patience_s: float, stop: Callable[[], bool]) -> Client | None:
     """Return a client as soon as the scheduler answers again; None when patience has ended."""
     deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline and not stop():
+    while (left_s := deadline - time.monotonic()) > 0 and not stop():
         try:
-            return _client(address)
+            return _client(address, min(left_s, CONNECT_S))
         except (OSError, ValueError):
             time.sleep(AGAIN_S)
     return None
 
 
-def _client(address: str) -> Client:
+def _client(address: str, seconds: float) -> Client:
     from distributed import Client
 
-    return Client(address, timeout=CONNECT_S, set_as_default=False)
+    return Client(address, timeout=seconds, set_as_default=False)
 
 
 def require(client: Client) -> None:

@@ -95,7 +95,7 @@ def run_on_dask(
     common = {"load": load, "device": device, "workers": workers}
     common |= {"overwrite": overwrite, "retry_failed": retry_failed}
     batch = _Batch(wanted, common, watcher, stop, only=only, fail_fast=fail_fast)
-    client = first_client(address)
+    client: Client | None = first_client(address)
     while client is not None:
         try:
             batch.run(client)
