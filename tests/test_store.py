@@ -1,5 +1,6 @@
 """The prediction store: whole chunks, resume, seal, and what other tools make of it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from wsi_pipeline import store as store_module
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.errors import DiskFullError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
@@ -280,3 +282,24 @@ def test_independent_validator_accepts_the_root_and_every_head(sealed, large):
         done = subprocess.run([tool, "validate", folder], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Valid" in done.stdout
+
+
+def test_a_block_is_on_the_disk_before_it_is_marked(tmp_path, monkeypatch):
+    """A power cut may take whatever was not synced, but never the pixels of a marked block."""
+    store, tiles = make(tmp_path / "a.zarr")
+    events = []
+    real = store_module.sync
+    monkeypatch.setattr(store_module, "sync", lambda path: (events.append(path), real(path)))
+    marks = store._marks
+
+    class Marks:
+        def __setitem__(self, where, value):
+            events.append("mark")
+            marks[where] = value
+
+    store._marks = Marks()
+    store.write(block(store, tiles.tiles[0]))
+    files = [p for p in store.path.rglob("c/**/*") if p.is_file() and "blocks" not in p.parts]
+    chunks = {p for p in files if not re.search(r"_\d+x/", str(p))}  # pyramids are made anew
+    assert len(chunks) == len(store.keys)
+    assert chunks <= set(events[: events.index("mark")])

@@ -30,6 +30,7 @@ __all__ = [
     "remove_tree",
     "sweep",
     "sweep_shared",
+    "sync",
     "sync_tree",
 ]
 
@@ -56,9 +57,9 @@ def durable_file(path: Path) -> Iterator[Path]:
     try:
         with disk_errors(path):
             yield beside
-            _sync(beside)
+            sync(beside)
             os.replace(beside, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -119,15 +120,15 @@ def publish_directory(beside: Path, path: Path) -> None:
         sync_tree(beside)
         remove_tree(path)
         os.replace(beside, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def sync_tree(root: Path) -> None:
     """Flush every file and folder below ``root`` to the disk."""
     for folder, _, files in os.walk(root):
         for name in files:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
+            sync(Path(folder) / name)
+        sync(Path(folder))
 
 
 def remove_tree(path: Path) -> None:
@@ -165,7 +166,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}~{own}.partial")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -31,7 +31,13 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import ContainsGroupError, NodeNotFoundError
 
-from wsi_pipeline.durable import disk_errors, partial_path, publish_directory, remove_tree
+from wsi_pipeline.durable import (
+    disk_errors,
+    partial_path,
+    publish_directory,
+    remove_tree,
+    sync,
+)
 from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.ome import create_array, multiscale, oddity, ome_attributes
@@ -208,6 +214,7 @@ class PredictionStore:
             for key, pixels in block.arrays.items():
                 box = block.tile.write.coarsen(self._maps[key].stride)
                 self._write_chunks(key, box, pixels)
+                self._sync_chunks(key, box)
             row = block.tile.row
             with self._marking:
                 self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
@@ -234,6 +241,19 @@ class PredictionStore:
             )
             raise StoreError(msg)
         array[(..., *box.slices)] = pixels
+
+    def _sync_chunks(self, key: str, box: Box) -> None:
+        """Flush the chunks of a box to the disk: a block that is marked outlives a power cut."""
+        array = self._arrays[key]
+        high, wide = array.chunks[-2:]
+        folder = self.path.joinpath(key, "c", *["0"] * (array.ndim - 2))
+        for row in range(box.y // high, -(-box.y1 // high)):
+            for column in range(box.x // wide, -(-box.x1 // wide)):
+                chunk = folder / str(row) / str(column)
+                if chunk.exists():  # one of zeros has no file
+                    sync(chunk)
+            if (folder / str(row)).exists():
+                sync(folder / str(row))
 
     def read(self, key: str, box: Box) -> Pixels:
         """Read a window of a map.
