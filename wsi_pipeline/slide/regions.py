@@ -43,6 +43,8 @@ class OpenSlideReader:
         handle.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
         self.properties: Mapping[str, str] = MappingProxyType(dict(handle.properties))
         self.vendor = self.properties.get("openslide.vendor", "unknown")
+        # asked for now: a handle that an error has spoilt does not tell any more
+        self._downsamples = tuple(handle.level_downsamples)
         self.levels = tuple(
             RasterLevel(size=size, tile_size=_block(self.properties, index))
             for index, size in enumerate(handle.level_dimensions)
@@ -65,8 +67,7 @@ class OpenSlideReader:
     def tile(self, level: int, column: int, row: int, reduction: int) -> NDArray[np.uint8] | None:
         """Read one block; see :class:`~wsi_pipeline.slide.reader.TileReader`."""
         box = self.levels[level].tile_box(column, row)
-        handle = self._handle
-        downsample = handle.level_downsamples[level]
+        handle, downsample = self._handle, self._downsamples[level]
         place = (round(box.x * downsample), round(box.y * downsample))
         try:
             rgba = np.asarray(handle.read_region(place, level, box.size))
@@ -126,6 +127,10 @@ class TiffSlideReader:
             raise NotTakenError(str(error), damaged=True) from error
         except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:
             raise NotTakenError(str(error), damaged=False) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged bytes lead a parser into accidents of any kind
+            raise NotTakenError(repr(error), damaged=True) from error
 
     def tile(self, level: int, column: int, row: int, reduction: int) -> NDArray[np.uint8] | None:
         """Read one block; see :class:`~wsi_pipeline.slide.reader.TileReader`."""
@@ -135,8 +140,10 @@ class TiffSlideReader:
         try:
             with self._lock, quiet():
                 pixels = self._handle.read_region(place, level, box.size, as_array=True)
-        except (ValueError, RuntimeError, OSError, IndexError, TypeError, KeyError) as error:
-            raise TileError(str(error)) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            raise TileError(str(error) or repr(error)) from error
         if np.dtype(pixels.dtype) != np.uint8 or pixels.shape[:2] != (box.height, box.width):
             msg = f"holds {pixels.dtype} values in the shape {pixels.shape}, not 8-bit colours"
             raise TileError(msg)
