@@ -196,17 +196,16 @@ def _link(data: bytearray, layout: Layout, rng: Rng) -> str:
 
 
 def _long_chain(data: bytearray, layout: Layout, rng: Rng) -> str:
-    """Append a chain of many tiny directories."""
-    count = pick(rng, (100, 5_000, 60_000))
-    number, offset = ("Q", "Q") if layout.is_big else ("H", "I")
+    """Append a long chain of copies of the first directory."""
+    count = pick(rng, (100, 500, 5000))
     at = len(data)
-    size = struct.calcsize(f"={number}{offset}") + (20 if layout.is_big else 12)
     layout.point(data, len(layout.links) - 1, at)
-    entry = layout.pack("HH" + offset, _WIDTH, 3, 1) + layout.pack("H", 64)
-    entry = entry.ljust(20 if layout.is_big else 12, b"\0")
-    for n in range(count):
-        after = at + (n + 1) * size if n + 1 < count else 0
-        data += layout.pack(number, 1) + entry + layout.pack(offset, after)
+    directory = bytes(data[layout.directories[0] : layout.links[1]])
+    step = len(directory) + struct.calcsize("=" + layout.offset_code)
+    data += b"".join(
+        directory + layout.pack(layout.offset_code, at + (n + 1) * step if n + 1 < count else 0)
+        for n in range(count)
+    )
     return f"{count} more directories"
 
 

@@ -8,7 +8,9 @@ pixels are of a kind that can be read is for the readers to say.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,10 @@ from wsi_pipeline.slide.reader import NotTakenError
 
 __all__ = ["MAX_SIDE_PX", "check_directories"]
 
-MAX_DIRECTORIES = 1024
-"""Slides have about ten, and stacks of focal planes some hundred."""
+MAX_DIRECTORIES = 512
+"""Slides have about ten, and stacks of focal planes a hundred."""
+MAX_PLANES = 100_000
+"""Of an OME-TIFF, as its XML says; for each of them, readers make an entry."""
 MAX_SIDE_PX = 6_000_000
 """300 mm, wider than any glass, at 0.05 um a pixel."""
 MAX_TILE_BYTES = 64 << 20
@@ -28,7 +32,9 @@ MAX_STRIP_BYTES = 256 << 20
 """Decoded, one at a time."""
 
 _WIDTH, _LENGTH, _BITS, _SAMPLES, _ROWS, _PLANAR = 256, 257, 258, 277, 278, 284
-_TILE_WIDTH, _TILE_LENGTH, _TILES, _INNER, _NDPI = 322, 323, 324, 330, 65420
+_DESCRIPTION, _TILE_WIDTH, _TILE_LENGTH, _TILES = 270, 322, 323, 324
+_INNER, _NDPI = 330, 65420
+_TEXT = (1, 2, 7)
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
           16: 8, 17: 8, 18: 8}  # fmt: skip
 """Bytes of a value by its type."""
@@ -81,6 +87,8 @@ def _check_file(file: BinaryIO) -> None:
                 reason = f"more than {MAX_DIRECTORIES:,} directories: a stack, not a slide"
                 raise NotTakenError(reason, damaged=False)
             entries, link = tiff.directory(at)
+            if len(seen) == 1:
+                _check_planes(tiff.text(entries, _DESCRIPTION))
             _check_image(tiff, entries)
             links += tiff.inner_links(entries)
             at = tiff.follow(link)
@@ -182,6 +190,14 @@ class _Tiff:
             return default
         return self.read(code, entry.values_at)[0]
 
+    def text(self, entries: dict[int, _Entry], tag: int) -> bytes:
+        """Return the text of a tag, as far as it lies in the file; nothing where it has none."""
+        entry = entries.get(tag)
+        if entry is None or entry.kind not in _TEXT:
+            return b""
+        self.file.seek(min(entry.values_at, self.size))
+        return self.file.read(min(entry.count, self.size))
+
     @property
     def width(self) -> int:
         """Bytes of an offset."""
@@ -214,6 +230,16 @@ def _check_image(tiff: _Tiff, entries: dict[int, _Entry]) -> None:
     needed *= samples if tiff.value(entries, _PLANAR, 1) == 2 else 1
     if _TILES in entries and entries[_TILES].count < needed:
         raise _damaged(f"{entries[_TILES].count:,} tile offsets for {needed:,} tiles")
+
+
+def _check_planes(description: bytes) -> None:
+    """Refuse an OME-TIFF that says to have more planes than anything has."""
+    if b"<OME" not in description:
+        return
+    for pixels in description.split(b"<Pixels")[1:]:
+        sizes = re.findall(rb"\bSize[CTZ]\s*=\s*[\"']\s*(\d+)", pixels.partition(b">")[0])
+        if any(len(size) > 6 for size in sizes) or math.prod(map(int, sizes)) > MAX_PLANES:
+            raise _damaged(f"its OME-XML says to have {b' x '.join(sizes).decode()} planes")
 
 
 def _damaged(reason: str) -> NotTakenError:

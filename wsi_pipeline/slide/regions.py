@@ -7,10 +7,11 @@ that the rest of this room need not know the difference.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openslide
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 from wsi_pipeline.slide.quiet import quiet
 from wsi_pipeline.slide.reader import NotTakenError, RasterLevel, TileError
 from wsi_pipeline.slide.resample import area_mean
+from wsi_pipeline.slide.streams import check_stream
 
 if TYPE_CHECKING:
+    from tifffile import TiffPage
     from tiffslide import TiffSlide  # slow to import, and seldom needed
 
 __all__ = ["OpenSlideReader", "TiffSlideReader"]
@@ -120,7 +123,11 @@ class TiffSlideReader:
 
         try:
             with quiet():
-                return cls(tiffslide.TiffSlide(path))
+                handle = tiffslide.TiffSlide(path)
+                for series in handle.ts_tifffile.series:
+                    for level in series.levels:
+                        _guard(level.keyframe)
+                return cls(handle)
         except FileNotFoundError as error:
             raise NotTakenError(f"no such file ({error})", damaged=True) from error
         except (tiffslide.TiffFileError, OSError) as error:
@@ -155,6 +162,20 @@ class TiffSlideReader:
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
+
+
+def _guard(page: TiffPage) -> None:
+    """Check the tiles of an image before tifffile decodes them."""
+    decode = page.decode
+    most_px = math.prod(page.chunks)  # colours included, however they are laid out
+
+    def checked(data: bytes | None, *place: Any, **how: Any) -> Any:  # noqa: ANN401
+        if data is not None:
+            head = how.get("jpegheader") or b""
+            check_stream(int(page.compression), head + data, most_px)
+        return decode(data, *place, **how)
+
+    page.decode = checked
 
 
 def _block(properties: Mapping[str, str], level: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ low band of its wavelet is shifted by a quarter of a pixel and is no area averag
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +25,7 @@ from wsi_pipeline.errors import SlideError
 from wsi_pipeline.slide.quiet import quiet
 from wsi_pipeline.slide.reader import NotTakenError, RasterLevel, TileError
 from wsi_pipeline.slide.resample import area_mean, ycc_to_rgb
+from wsi_pipeline.slide.streams import picture_size
 
 __all__ = ["TiffReader"]
 
@@ -36,9 +36,6 @@ _LOSSLESS = (1, 5, 8, 32946)
 """None, LZW, and the two numbers of deflate."""
 _RGB, _YCC = 2, 6
 _SOI = b"\xff\xd8"
-_MAX_SCANS = 64
-"""Of a JPEG stream; progressive ones have about ten, and each is decoded over the whole tile."""
-_J2K_START = b"\xff\x4f\xff\x51"
 
 Decoder = Callable[[bytes, int], NDArray[np.uint8]]
 """Compressed bytes and a scale (1, 2, 4, 8) to ``(h / scale, w / scale, 3)`` RGB."""
@@ -192,7 +189,7 @@ def _jpeg(tables: bytes | None, photometric: int, width: int, height: int) -> De
 
     def decode(data: bytes, scale: int) -> NDArray[np.uint8]:
         stream = prefix + data[_end_of_app_segments(data) :]
-        _check_jpeg(stream, width, height)
+        _require_size(_JPEG, stream, width, height)
         smallest = {"min_width": width // scale, "min_height": height // scale}
         try:
             pixels = simplejpeg.decode_jpeg(stream, min_factor=scale, **smallest)
@@ -220,50 +217,21 @@ def _end_of_app_segments(data: bytes) -> int:
     return at
 
 
-def _check_jpeg(stream: bytes, width: int, height: int) -> None:
-    """Refuse a stream of another size than its tile: decoders allocate what it says."""
-    found = simplejpeg.decode_jpeg_header(stream, strict=False)[:2]
-    if found != (height, width):
-        msg = f"a JPEG stream of {found[1]} x {found[0]} pixels"
-        raise ValueError(msg)
-    if stream.count(b"\xff\xda") > _MAX_SCANS:
-        msg = f"a JPEG stream of more than {_MAX_SCANS} scans"
-        raise ValueError(msg)
-
-
 def _jpeg2000(width: int, height: int, *, is_ycc: bool) -> Decoder:
     def decode(data: bytes, scale: int) -> NDArray[np.uint8]:
-        _check_jpeg2000(data, width, height)
+        _require_size(_APERIO_JPEG2000_YCC, data, width, height)
         pixels: NDArray[np.uint8] = np.asarray(imagecodecs.jpeg2k_decode(data, numthreads=1))
         return ycc_to_rgb(pixels) if is_ycc else pixels
 
     return decode
 
 
-def _check_jpeg2000(data: bytes, width: int, height: int) -> None:
-    """Refuse a codestream of another size than its tile: decoders allocate what it says."""
-    if data[:4] != _J2K_START:
-        data = _codestream(data)
-    # behind the marker of the size: its length, capabilities, far and near corner of the picture
-    x1, y1, x0, y0 = struct.unpack_from(">4I", data, 8)
-    (components,) = struct.unpack_from(">H", data, 40)
-    if (x1 - x0, y1 - y0, components) != (width, height, 3):
-        msg = f"a JPEG 2000 stream of {x1 - x0} x {y1 - y0} pixels, {components} components"
+def _require_size(compression: int, data: bytes, width: int, height: int) -> None:
+    """Refuse a picture of another size than its tile: decoders allocate what it says."""
+    found = picture_size(compression, data)
+    if found != (width, height):
+        msg = f"a picture of {found[0]} x {found[1]} pixels"
         raise ValueError(msg)
-
-
-def _codestream(data: bytes) -> bytes:
-    """Return what the boxes of a JP2 file are around."""
-    at = 0
-    while at + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, at)
-        if name == b"jp2c" and data[at + 8 : at + 12] == _J2K_START:
-            return data[at + 8 :]
-        if length < 8:
-            break
-        at += length
-    msg = "no JPEG 2000 stream"
-    raise ValueError(msg)
 
 
 def _lossless(page: tifffile.TiffPage) -> Decoder:
