@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from wsi_pipeline.checked import parse_json
 from wsi_pipeline.errors import DiskFullError, Interrupted, JobError, WsiPipelineError
 from wsi_pipeline.job import (
     STAGES,
@@ -218,7 +219,8 @@ def _explain(error: Exception) -> tuple[str, str]:
 def _earlier_starts(job: SlideJob) -> int:
     """Count the tries at this job since it was last done."""
     try:
-        text = job.log_path.read_text()
+        # a torn write may end within a letter
+        text = job.log_path.read_text(errors="replace")
     except OSError:
         return 0
     starts = 0
@@ -256,7 +258,7 @@ def _lock(job: SlideJob) -> IO[str] | None:
 def _parsed(line: str) -> dict[str, Any]:
     """Return an event of a log; nothing where a kill tore the line."""
     try:
-        event = json.loads(line)
+        event = parse_json(line)
     except ValueError:
         return {}
     return event if isinstance(event, dict) else {}

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wsi_pipeline.checkpoint import read_cerberus
@@ -86,8 +87,12 @@ class ModelBundle:
             ModelBundleError: a tensor is missing, unknown, of another shape, or holds what no
                 weight can be (see ``weights.number_fault``); nothing is ever loaded in part.
         """
+        tensors = read_weights(self.path, self.weight_map)
+        # First without memory: a spec may ask for any size, the weights are what is there.
+        with torch.device("meta"):
+            _check(build_network(self.spec), tensors, where=str(self.path))
         network = build_network(self.spec)
-        _fill(network, read_weights(self.path, self.weight_map), where=str(self.path))
+        _fill(network, tensors, where=str(self.path))
         return network.eval()
 
     @property
@@ -146,7 +151,7 @@ def open_bundle(path: Path) -> ModelBundle:
     """
     try:
         text = (path / _SPEC).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ModelBundleError(f"{path} is no model bundle: {error}") from error
     files = weight_map(path)
     return ModelBundle(
@@ -301,6 +306,17 @@ def _is_counter(name: str) -> bool:
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    expected = _check(network, tensors, where=where)
+    found = ((name, number_fault(name, tensors[name], t.dtype)) for name, t in expected.items())
+    faults = [f"{name} {fault}" for name, fault in found if fault]
+    if faults:
+        raise ModelBundleError(f"{where}: {_some('broken', faults)}")
+    state = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    network.load_state_dict(state, strict=False)  # only the counters are absent
+
+
+def _check(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """Return what a network expects, where the tensors have the same names and shapes."""
     expected = {name: t for name, t in network.state_dict().items() if not _is_counter(name)}
     missing = sorted(set(expected) - set(tensors))
     unknown = sorted(set(tensors) - set(expected))
@@ -314,12 +330,7 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> N
     ]
     if shapes:
         raise ModelBundleError(f"{where}: {_some('wrong shapes', shapes)}")
-    found = ((name, number_fault(name, tensors[name], t.dtype)) for name, t in expected.items())
-    faults = [f"{name} {fault}" for name, fault in found if fault]
-    if faults:
-        raise ModelBundleError(f"{where}: {_some('broken', faults)}")
-    state = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
-    network.load_state_dict(state, strict=False)  # only the counters are absent
+    return expected
 
 
 def _some(what: str, names: list[str]) -> str:

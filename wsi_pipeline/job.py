@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from wsi_pipeline.checked import misfits, parse_json
 from wsi_pipeline.durable import durable_file
 
 __all__ = [
@@ -141,7 +142,8 @@ class RunReport:
     @property
     def reason(self) -> str:
         """One line on why the slide is not done, or done with a warning; or an empty string."""
-        return f"{self.error['code']}: {self.error['message']}" if self.error else ""
+        error = self.error or {}
+        return f"{error.get('code')}: {error.get('message')}" if error else ""
 
     def write(self, path: Path) -> None:
         """Write the report; it appears under its name complete or not at all."""
@@ -152,10 +154,12 @@ class RunReport:
 def read_report(path: Path) -> RunReport | None:
     """Read a report; None where there is none or it is of no use."""
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
+        if not isinstance(data, dict) or misfits(RunReport, data):
+            return None
         known = {f.name for f in fields(RunReport)}
         return RunReport(**{key: value for key, value in data.items() if key in known})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -175,7 +179,7 @@ def finished_report(job: SlideJob) -> RunReport | None:
         if name == maps and not job.keep_maps:
             continue
         path = job.out / name
-        if not path.exists() or (path.is_file() and path.stat().st_size != facts["bytes"]):
+        if not path.exists() or (path.is_file() and path.stat().st_size != facts.get("bytes")):
             return None
     return report
 

@@ -31,10 +31,17 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import ContainsGroupError, NodeNotFoundError
 
+from wsi_pipeline.checked import fits
 from wsi_pipeline.durable import disk_errors, partial_path, publish_directory, remove_tree
-from wsi_pipeline.errors import StoreError, WsiPipelineError
+from wsi_pipeline.errors import StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.ome import create_array, multiscale, ome_attributes
+from wsi_pipeline.ome import (
+    check_array,
+    check_chunk,
+    create_array,
+    multiscale,
+    ome_attributes,
+)
 from wsi_pipeline.pyramid import Pyramid
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import Tile, TileGrid
@@ -54,6 +61,20 @@ WHOLE = 255
 """Mark of a tile that was read and predicted wholly; 0 is a tile without tissue."""
 CACHE_BYTES = 96 << 20
 """Decoded chunks that an open store keeps."""
+MOST_TILES = 1 << 26
+"""Glass of 300 x 300 mm at 0.1 um a pixel has 35 million tiles of 512."""
+
+Shape = tuple[int, ...]
+_BLOCKS = "blocks"
+_PAIR = tuple[float, float]
+_META = {
+    "spec": str,
+    "grid": {"origin": _PAIR, "spacing": _PAIR, "size": tuple[int, int]},
+    "mpp": _PAIR,
+    "tile_px": int,
+    "identity": str,
+}
+"""What a store says of itself, at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +97,7 @@ class PredictionStore:
 
     def __init__(self, path: Path, group: zarr.Group) -> None:
         meta = group.attrs["wsi_pipeline"]
-        if not isinstance(meta, Mapping):
+        if not fits(meta, _META):
             raise StoreError(f"{path} is no store of this package")
         self.path = path
         self.meta: dict[str, Any] = dict(meta)
@@ -91,8 +112,7 @@ class PredictionStore:
         self._group = group
         self._groups = {head.name: _group(group, head.name) for head in self.spec.heads}
         self._maps = self.spec.maps
-        self._arrays = {key: _array(group, key) for key in self.spec.maps}
-        self._marks = _array(group, "blocks")
+        self._arrays, self._marks = _arrays(group, self.spec, self.grid, self.tile_px)
         self._marking = threading.Lock()
         self._blocks: Pixels = np.asarray(self._marks[:], np.uint8)
         self._cache = _ChunkCache(CACHE_BYTES)
@@ -262,9 +282,12 @@ class PredictionStore:
         return self._cache.get((key, box), lambda: self._decode(key, box))
 
     def _decode(self, key: str, box: Box) -> Pixels | None:
+        array = self._arrays[key]
+        place = box.y // array.chunks[-2], box.x // array.chunks[-1]
         try:
-            pixels = np.asarray(self._arrays[key][(..., *box.slices)], np.uint8)
-        except RuntimeError as error:
+            check_chunk(self.path, array, (0,) * (array.ndim - 2) + place)
+            pixels = np.asarray(array[(..., *box.slices)], np.uint8)
+        except (RuntimeError, ValueError) as error:
             msg = (
                 f"{self.path}: the chunk of {key} at ({box.x}, {box.y}) is damaged ({error}); "
                 "run the slide again with --overwrite"
@@ -381,27 +404,58 @@ def _open(path: Path) -> PredictionStore | None:
         return PredictionStore(path, zarr.open_group(path, mode="r+"))
     except (NodeNotFoundError, ContainsGroupError, FileNotFoundError, KeyError, ValueError):
         return None
-    except (WsiPipelineError, RuntimeError) as error:
+    except (OSError, MemoryError):
+        raise  # the disk or the machine: the store may be good
+    except Exception as error:  # damaged words lead zarr into accidents of any kind
         log.warning("%s cannot be used: %s", path.name, error)
         return None
 
 
 def _template(path: Path, spec: ModelSpec, tiles: TileGrid, meta: dict[str, Any]) -> zarr.Group:
     group = zarr.create_group(path, zarr_format=3)
-    chunk_px = _chunk_px(tiles.tile_px)
-    for key, head in spec.maps.items():
-        if chunk_px % head.stride:
-            msg = f"head {head.name!r}: tile size {tiles.tile_px} is no multiple of its stride"
-            raise StoreError(msg)
-        width, height = tiles.grid.coarsen(head.stride).size
-        channels = (len(head.prob_channels),) if key.endswith("/prob") else ()
-        side = chunk_px // head.stride
-        create_array(group, key, (*channels, height, width), (*channels, side, side))
-    columns, rows = tiles.shape
-    create_array(group, "blocks", (rows, columns), (1, max(1, columns)))
+    for key, (shape, chunks) in _layout(spec, tiles.grid, tiles.tile_px).items():
+        create_array(group, key, shape, chunks)
     # Last, because it says that the template is complete.
     group.attrs["wsi_pipeline"] = meta
     return group
+
+
+def _layout(spec: ModelSpec, grid: PixelGrid, tile_px: int) -> dict[str, tuple[Shape, Shape]]:
+    """Return the shape and the chunks of each array of a store, the record of blocks included.
+
+    Raises:
+        StoreError: a head's stride does not divide the tiles, or they are too many.
+    """
+    chunk_px = _chunk_px(tile_px)
+    layout: dict[str, tuple[Shape, Shape]] = {}
+    for key, head in spec.maps.items():
+        if chunk_px % head.stride:
+            msg = f"head {head.name!r}: tile size {tile_px} is no multiple of its stride"
+            raise StoreError(msg)
+        width, height = grid.coarsen(head.stride).size
+        channels = (len(head.prob_channels),) if key.endswith("/prob") else ()
+        side = chunk_px // head.stride
+        layout[key] = (*channels, height, width), (*channels, side, side)
+    columns, rows = TileGrid(grid=grid, tile_px=tile_px, halo_px=0, tiles=()).shape
+    if columns * rows > MOST_TILES:
+        raise StoreError(f"{columns:,} x {rows:,} tiles of {tile_px} px are more than any slide has")
+    layout[_BLOCKS] = (rows, columns), (1, max(1, columns))
+    return layout
+
+
+def _arrays(
+    group: zarr.Group, spec: ModelSpec, grid: PixelGrid, tile_px: int
+) -> tuple[dict[str, zarr.Array[Any]], zarr.Array[Any]]:
+    """Return the maps and the record of blocks, if they are laid out as a template is.
+
+    Raises:
+        StoreError: they are not.
+    """
+    arrays = {
+        key: check_array(_array(group, key), *layout)
+        for key, layout in _layout(spec, grid, tile_px).items()
+    }
+    return arrays, arrays.pop(_BLOCKS)
 
 
 def _chunk_px(tile_px: int) -> int:
@@ -409,6 +463,8 @@ def _chunk_px(tile_px: int) -> int:
 
     Where that would be tiny, and files without number, a chunk is a whole tile.
     """
+    if tile_px < 16:
+        raise StoreError(f"tiles have at least 16 px a side, not {tile_px}")
     sides = (side for side in range(16, min(tile_px, CHUNK_PX) + 1, 16) if tile_px % side == 0)
     side = max(sides)
     return side if side >= CHUNK_PX // 4 else tile_px

@@ -189,7 +189,7 @@ def _use_maps(folder: Path) -> None:
         width, height = (min(side, _BLOCK_PX) for side in grid.size)
         store.read(key, Box(x=0, y=0, width=width, height=height))
     for array in open_maps(path).values():
-        array[..., :_BLOCK_PX, :_BLOCK_PX].sum().compute(scheduler="synchronous")
+        array[..., :_BLOCK_PX, :_BLOCK_PX].sum()  # what reads them later is dask, not we
 
 
 def _use_records(folder: Path) -> None:
