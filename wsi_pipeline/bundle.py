@@ -17,15 +17,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wsi_pipeline.checkpoint import read_cerberus
 from wsi_pipeline.device import choose_device
@@ -58,6 +60,10 @@ DEFAULTS = {
 }
 """By kind of device, what runs when no model is named: the first that is installed."""
 
+_SPARE_NUMBERS = 1 << 22
+"""What a network may have beyond its weights, so that missing ones can be named."""
+_MAKERS = frozenset({torch.empty, torch.zeros, torch.ones})
+"""How layers make their tensors: called with the sizes."""
 _SPEC = "spec.json"
 CARD, METRICS, RECIPE = "card.md", "metrics.json", "train.toml"
 
@@ -88,10 +94,9 @@ class ModelBundle:
                 weight can be (see ``weights.number_fault``); nothing is ever loaded in part.
         """
         tensors = read_weights(self.path, self.weight_map)
-        # First without memory: a spec may ask for any size, the weights are what is there.
-        with torch.device("meta"):
-            _check(build_network(self.spec), tensors, where=str(self.path))
-        network = build_network(self.spec)
+        # A spec may ask for a network of any size; the weights are what there is.
+        with _Budget(2 * sum(tensor.numel() for tensor in tensors.values()) + _SPARE_NUMBERS):
+            network = build_network(self.spec)
         _fill(network, tensors, where=str(self.path))
         return network.eval()
 
@@ -305,18 +310,28 @@ def _is_counter(name: str) -> bool:
     return name.endswith(".num_batches_tracked")
 
 
+class _Budget(TorchFunctionMode):
+    """Lets tensors of so many numbers be made within its block, and no more."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self._left = numbers
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function returns
+        if func in _MAKERS and args:
+            self._left -= math.prod(args[0] if isinstance(args[0], list | tuple) else args)
+            if self._left < 0:
+                raise ModelBundleError("the spec asks for a larger network than the weights are of")
+        return func(*args, **(kwargs or {}))
+
+
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    expected = _check(network, tensors, where=where)
-    found = ((name, number_fault(name, tensors[name], t.dtype)) for name, t in expected.items())
-    faults = [f"{name} {fault}" for name, fault in found if fault]
-    if faults:
-        raise ModelBundleError(f"{where}: {_some('broken', faults)}")
-    state = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
-    network.load_state_dict(state, strict=False)  # only the counters are absent
-
-
-def _check(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
-    """Return what a network expects, where the tensors have the same names and shapes."""
     expected = {name: t for name, t in network.state_dict().items() if not _is_counter(name)}
     missing = sorted(set(expected) - set(tensors))
     unknown = sorted(set(tensors) - set(expected))
@@ -330,7 +345,12 @@ def _check(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> 
     ]
     if shapes:
         raise ModelBundleError(f"{where}: {_some('wrong shapes', shapes)}")
-    return expected
+    found = ((name, number_fault(name, tensors[name], t.dtype)) for name, t in expected.items())
+    faults = [f"{name} {fault}" for name, fault in found if fault]
+    if faults:
+        raise ModelBundleError(f"{where}: {_some('broken', faults)}")
+    state = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    network.load_state_dict(state, strict=False)  # only the counters are absent
 
 
 def _some(what: str, names: list[str]) -> str:

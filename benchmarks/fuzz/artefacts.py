@@ -331,7 +331,7 @@ def _break_zip(data: bytes, rng: Rng) -> tuple[bytes, str]:
                 if act == "rename":
                     name = pick(rng, ("../x", "/etc/x", "archive/data/999", "a" * 60_000))
                 if act == "swell":
-                    content, how = bytes(256 << 20), zipfile.ZIP_DEFLATED
+                    content, how = bytes(32 << 20), zipfile.ZIP_DEFLATED
                 if act == "deflate":
                     how = zipfile.ZIP_DEFLATED
             for _ in range(2 if info is victim and act == "double" else 1):
@@ -342,7 +342,7 @@ def _break_zip(data: bytes, rng: Rng) -> tuple[bytes, str]:
 def _hostile_pickle(rng: Rng) -> tuple[bytes, str]:
     """Return a checkpoint whose pickle asks for too much or for nonsense."""
     texts = {
-        "deep": b"\x80\x02" + b"(" * 300_000 + b".",
+        "deep": b"\x80\x02" + b"(" * 50_000 + b".",
         "lists": b"\x80\x02" + b"]" * 10 + b"a" * 9 + b".",
         "no stop": b"\x80\x02}q\x00",
         "huge long": b"\x80\x02\x8b\xff\xff\xff\x7f1.",
@@ -474,7 +474,7 @@ def _odd_wkb(rng: Rng) -> bytes:
 @cache
 def _maps() -> dict[str, bytes]:
     spec = ModelSpec(name="m", architecture="none", mpp=0.5, halo_px=16, heads=_HEADS, options={})
-    grid = PixelGrid(origin=(0.0, 0.0), spacing=(2.0, 2.0), size=(600, 90))
+    grid = PixelGrid(origin=(0.0, 0.0), spacing=(2.0, 2.0), size=(200, 90))
     tiles = TileGrid.cover(grid, tile_px=64, halo_px=16)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.zarr"

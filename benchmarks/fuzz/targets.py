@@ -6,8 +6,9 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from wsi_pipeline.batch import collect_slides, read_run
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.checkpoint import load_pickled, read_cerberus, read_torchvision
 from wsi_pipeline.describe import describe_file, slide_states
+from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.job import SlideJob, finished_report, read_report
 from wsi_pipeline.pipeline import PREVIEW_PX, TISSUE_MPP
@@ -156,18 +158,10 @@ def _use_bundle(folder: Path) -> None:
 
 def _use_checkpoint(folder: Path) -> None:
     path = folder / "weights.tar"
-    failed = None
-    for read in (load_pickled, partial(read_cerberus, name="x"), read_torchvision):
-        try:
-            read(path)
-        except Exception as error:
-            from wsi_pipeline.errors import WsiPipelineError
-
-            if not isinstance(error, WsiPipelineError):
-                raise
-            failed = error
-    if failed is not None:
-        raise failed
+    load_pickled(path)
+    with suppress(ModelBundleError):  # of the two kinds, it is one at most
+        read_torchvision(path)
+    read_cerberus(path, name="x")
 
 
 def _use_table(folder: Path) -> None:
