@@ -74,9 +74,11 @@ def fits(value: object, wanted: Any) -> bool:  # noqa: ANN401 - types are values
 
 
 def _is_number(value: object, wanted: type) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | wanted):
+    if isinstance(value, bool):
         return False
-    return -_LARGEST <= value < _LARGEST if isinstance(value, int) else math.isfinite(value)
+    if isinstance(value, int):
+        return -_LARGEST <= value < _LARGEST
+    return wanted is float and isinstance(value, float) and math.isfinite(value)
 
 
 def _all_fit(values: list[Any] | tuple[Any, ...], inside: tuple[Any, ...]) -> bool:

@@ -97,7 +97,7 @@ class PredictionStore:
 
     def __init__(self, path: Path, group: zarr.Group) -> None:
         meta = group.attrs["wsi_pipeline"]
-        if not fits(meta, _META):
+        if not isinstance(meta, Mapping) or not fits(meta, _META):
             raise StoreError(f"{path} is no store of this package")
         self.path = path
         self.meta: dict[str, Any] = dict(meta)
@@ -438,7 +438,8 @@ def _layout(spec: ModelSpec, grid: PixelGrid, tile_px: int) -> dict[str, tuple[S
         layout[key] = (*channels, height, width), (*channels, side, side)
     columns, rows = TileGrid(grid=grid, tile_px=tile_px, halo_px=0, tiles=()).shape
     if columns * rows > MOST_TILES:
-        raise StoreError(f"{columns:,} x {rows:,} tiles of {tile_px} px are more than any slide has")
+        msg = f"{columns:,} x {rows:,} tiles of {tile_px} px are more than any slide has"
+        raise StoreError(msg)
     layout[_BLOCKS] = (rows, columns), (1, max(1, columns))
     return layout
 

@@ -33,6 +33,7 @@ from wsi_pipeline.table import OBJECT_SCHEMA, ObjectWriter
 from wsi_pipeline.tiling import TileGrid
 
 __all__ = [
+    "HEADS",
     "break_bundle",
     "break_checkpoint",
     "break_list",
@@ -45,7 +46,7 @@ __all__ = [
 
 MASKED_SIZE = (1500, 1300)
 """Of the slide that the masks are for."""
-_HEADS = (
+HEADS = (
     HeadSpec(name="cells", kind="instance", object_kind="cell", rules=AnchorRules(), parent="dark"),
     HeadSpec(name="dark", kind="instance", object_kind="dark", rules=RunRules()),
     HeadSpec(name="area", kind="patch", classes=("pale", "deep"), stride=16),
@@ -198,7 +199,7 @@ def _bundles() -> tuple[dict[str, bytes], ...]:
     bundles = []
     for architecture, given in options.items():
         spec = ModelSpec(name="small", architecture=architecture, mpp=0.5, halo_px=32,
-                         heads=_HEADS[: 3 if architecture == "cerberus" else 2], options=given)  # fmt: skip
+                         heads=HEADS[: 3 if architecture == "cerberus" else 2], options=given)  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small"
             save_bundle(path, spec, build_network(spec), card="x")
@@ -464,8 +465,16 @@ def _odd_table(data: bytes, rng: Rng) -> tuple[bytes, str]:
 def _odd_wkb(rng: Rng) -> bytes:
     good = bytearray(shapely.to_wkb(shapely.box(0, 0, 1, 1)))
     struct.pack_into("<I", good, 5, pick(rng, (0, 1, 2**31, 2**32 - 1)))
-    return pick(rng, (bytes(good), b"", b"\x01", shapely.to_wkb(shapely.Point(0, 0)),
-                      shapely.to_wkb(shapely.GeometryCollection())))
+    return pick(
+        rng,
+        (
+            bytes(good),
+            b"",
+            b"\x01",
+            shapely.to_wkb(shapely.Point(0, 0)),
+            shapely.to_wkb(shapely.GeometryCollection()),
+        ),
+    )
 
 
 # --- maps
@@ -473,7 +482,7 @@ def _odd_wkb(rng: Rng) -> bytes:
 
 @cache
 def _maps() -> dict[str, bytes]:
-    spec = ModelSpec(name="m", architecture="none", mpp=0.5, halo_px=16, heads=_HEADS, options={})
+    spec = ModelSpec(name="m", architecture="none", mpp=0.5, halo_px=16, heads=HEADS, options={})
     grid = PixelGrid(origin=(0.0, 0.0), spacing=(2.0, 2.0), size=(200, 90))
     tiles = TileGrid.cover(grid, tile_px=64, halo_px=16)
     with tempfile.TemporaryDirectory() as folder:
@@ -581,4 +590,3 @@ def break_records(folder: Path, rng: Rng) -> str:
         files[name], done = break_json_text(text, rng)
     _write_tree(folder / "out", files)
     return f"{name}: {done}"
-

@@ -185,7 +185,8 @@ def _child(case: Case, folder: Path, limits: Limits, pipe: int) -> None:
         how, code, detail = "refused", error.code, str(error)
     except BaseException:
         how, detail = "accident", traceback.format_exc()
-    _tell(pipe, how=how, code=code, detail=detail[-4000:], memory_mib=round(_peak_mib() - begin_mib, 1))
+    more_mib = round(_peak_mib() - begin_mib, 1)
+    _tell(pipe, how=how, code=code, detail=detail[-4000:], memory_mib=more_mib)
 
 
 def _tell(pipe: int, **facts: object) -> None:

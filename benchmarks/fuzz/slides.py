@@ -230,8 +230,17 @@ def _description(data: bytearray, layout: Layout, rng: Rng) -> str:
 def _tables(data: bytearray, layout: Layout, rng: Rng) -> str:
     entry = _entry(layout, rng, _TABLES) or _entry(layout, rng)
     layout.retag(data, entry, _TABLES)
-    raw = pick(rng, (b"\xff\xd8\xff\xd9", b"\xff\xd8", b"", rng.bytes(600),
-                     b"\xff\xd8" + _sof(65_500, 65_500) + b"\xff\xd9", rng.bytes(200_000)))
+    raw = pick(
+        rng,
+        (
+            b"\xff\xd8\xff\xd9",
+            b"\xff\xd8",
+            b"",
+            rng.bytes(600),
+            b"\xff\xd8" + _sof(65_500, 65_500) + b"\xff\xd9",
+            rng.bytes(200_000),
+        ),
+    )
     layout.replace(data, entry, 7, raw)
     return f"JPEG tables of {len(raw)} bytes"
 

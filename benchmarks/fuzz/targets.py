@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.fuzz import artefacts, slides
 from benchmarks.fuzz.executor import Case
+from benchmarks.fuzz.job import use_job
 from benchmarks.fuzz.mutate import Rng, pick
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.batch import collect_slides, read_run
@@ -84,7 +85,7 @@ def prepare(kit: Path | None = None) -> None:
     Args:
         kit: folder of small damaged slides to start from, too.
     """
-    global _kit  # noqa: PLW0603 - read by the cases, in processes of their own
+    global _kit
     artefacts.prepare()
     slides.prepare()
     _kit = slides.broken_seeds(kit) if kit is not None else ()
@@ -93,6 +94,7 @@ def prepare(kit: Path | None = None) -> None:
         path.write_bytes(slides.seeds()[0])
         _use_slide(Path(folder))
         _use_url(Path(folder))
+        use_job(Path(folder))
 
 
 _kit: tuple[bytes, ...] = ()
@@ -200,7 +202,8 @@ def _use_records(folder: Path) -> None:
 
 
 TARGETS = {
-    "slide": Target(make=_make_slide, use=_use_slide, share=0.46),
+    "slide": Target(make=_make_slide, use=_use_slide, share=0.45),
+    "job": Target(make=_make_slide, use=use_job, share=0.01),
     "url": Target(make=_make_slide, use=_use_url, share=0.06),
     "mask": Target(make=artefacts.break_mask, use=_use_mask, share=0.08),
     "list": Target(make=artefacts.break_list, use=_use_list, share=0.06),

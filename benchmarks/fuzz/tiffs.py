@@ -47,9 +47,7 @@ class Layout:
 
     def find(self, tag: int, directory: int | None = None) -> list[Entry]:
         """Return the entries of a tag."""
-        return [
-            e for e in self.entries if e.tag == tag and directory in (None, e.directory)
-        ]
+        return [e for e in self.entries if e.tag == tag and directory in (None, e.directory)]
 
     def pack(self, code: str, *values: int) -> bytes:
         """Pack numbers in the file's byte order."""
