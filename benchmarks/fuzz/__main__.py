@@ -33,8 +33,11 @@ _KIT = Path(os.environ.get("WSI_DATA", "../shared/data")) / "slides_broken"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a campaign; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", action="append", choices=list(TARGETS))

@@ -154,8 +154,9 @@ def _with_checksums(data: bytes) -> bytes:
 
 _CSV = b"path,slide_id,mpp,mask\na.svs,one,0.25,\nb.svs,two,,m.png\nc/d.tif,three,0.5,\n"
 _TXT = b"a.svs\n# a comment\nb.svs\n\nc/d.tif\n"
-_CELLS = ("", "nan", "inf", "-1", "0", "1e999", "../../x", "/etc/passwd", "\x00", '"', "a" * 200_000,
-          "s3://x/y.svs", "file:///etc/passwd", ".hidden", "..", ".", "*", "[", "\u202e", "0,25",
+_CELLS = ("", "nan", "inf", "-1", "0", "1e999", "../../x", "/etc/passwd", "\x00", '"',
+          "a" * 200_000, "s3://x/y.svs", "file:///etc/passwd",
+          ".hidden", "..", ".", "*", "[", "\u202e", "0,25",
           "CON", "a/b", "~", "${HOME}", "\ufeff", "1_0", "१")  # fmt: skip
 
 
@@ -198,8 +199,9 @@ def _bundles() -> tuple[dict[str, bytes], ...]:
     }  # fmt: skip
     bundles = []
     for architecture, given in options.items():
+        heads = HEADS if architecture == "cerberus" else HEADS[:2]
         spec = ModelSpec(name="small", architecture=architecture, mpp=0.5, halo_px=32,
-                         heads=HEADS[: 3 if architecture == "cerberus" else 2], options=given)  # fmt: skip
+                         heads=heads, options=given)  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small"
             save_bundle(path, spec, build_network(spec), card="x")

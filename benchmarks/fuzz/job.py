@@ -21,9 +21,7 @@ __all__ = ["use_job"]
 class _Dark:
     """Calls dark pixels objects of every kind."""
 
-    spec = ModelSpec(
-        name="dark", architecture="none", mpp=0.5, halo_px=16, heads=HEADS, options={}
-    )
+    spec = ModelSpec(name="dark", architecture="none", mpp=0.5, halo_px=16, heads=HEADS, options={})
     name = "dark"
     digest = "0" * 64
     device = "cpu"
