@@ -21,6 +21,7 @@ _MAX_SCANS = 64
 """Of a JPEG stream; progressive ones have about ten, and each is decoded over the whole tile."""
 _SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG's start of a frame, in its kinds."""
+_SCAN = 0xDA
 _J2K_START = b"\xff\x4f\xff\x51"
 
 
@@ -70,21 +71,27 @@ def picture_size(compression: int, data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    if data.count(b"\xff\xda") > _MAX_SCANS:
-        msg = f"a JPEG stream of more than {_MAX_SCANS} scans"
-        raise ValueError(msg)
-    at = 2
+    at, frame = 2, (0, 0, 0, 0)
     while data[at : at + 1] == b"\xff":
         marker = data[at + 1] if at + 1 < len(data) else 0
         if marker in _SIZE_MARKERS:
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
+            frame = (marker, *struct.unpack_from(">HHB", data, at + 5))
+        if marker == _SCAN:
+            break
         # fill bytes and markers that stand alone; what else there is has a length
         alone = marker == 0xFF or 0xD0 <= marker <= 0xD9
         at += 1 if marker == 0xFF else 2
         if not alone:
             at += max(2, struct.unpack_from(">H", data, at)[0])
-    raise ValueError("a JPEG stream without a frame")
+    kind, height, width, components = frame
+    if not kind:
+        raise ValueError("a JPEG stream without a frame")
+    # where the first scan holds all components, and all of each, it is the only one
+    is_single = kind in (0xC0, 0xC1) and data[at + 4 : at + 5] == bytes([components])
+    if not is_single and data.count(b"\xff\xda") > _MAX_SCANS:
+        msg = f"a JPEG stream of more than {_MAX_SCANS} scans"
+        raise ValueError(msg)
+    return width, height
 
 
 def _jpeg2000_size(data: bytes) -> tuple[int, int]:
