@@ -207,6 +207,8 @@ FOUND = {
         "unreadable_slide", "9 tile offsets for 282"),
     "offsets past the end": (set_all(324, *[2**31] * 9, level=0), "raw",
         "unreadable_slide", "truncated"),
+    "tiles of 2e9 bytes": (
+        set_all(325, *[2**31] * 9, level=0), "lzw", "unreadable_slide", "has 2147"),
     "a directory that is its own next": (chain_to(2), "jpeg-ycc420",
         "unreadable_slide", "one of those"),
     "a ring of directories": (chain_to(0), "jpeg2000-rgb", "unreadable_slide", "one of those"),

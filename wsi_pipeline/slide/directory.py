@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import numpy as np
+
 from wsi_pipeline.slide.reader import NotTakenError
 
 __all__ = ["MAX_SIDE_PX", "check_directories"]
@@ -42,6 +44,8 @@ _WHOLE = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 """Types of numbers that are no text, no fraction, and not negative."""
 _PLACES = frozenset({273, 279, _TILES, 325, 347})
 """Tags whose values must lie in the file: where the pixels are, and what decodes them."""
+_BYTES = frozenset({279, 325})
+"""Bytes of each tile or strip, which some readers allocate before they read."""
 _ONCE = frozenset({_WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH, _TILES, _BITS, _SAMPLES, _ROWS})
 """Tags of which readers would differ in which they believe."""
 
@@ -190,6 +194,15 @@ class _Tiff:
             return default
         return self.read(code, entry.values_at)[0]
 
+    def largest(self, entry: _Entry) -> int:
+        """Return the largest number of a tag whose values lie in the file; 0 where it has none."""
+        code = _WHOLE.get(entry.kind)
+        if code is None or not entry.count:
+            return 0
+        self.file.seek(entry.values_at)
+        raw = self.file.read(entry.count * _SIZES[entry.kind])
+        return int(np.frombuffer(raw, self.order + code).max())
+
     def text(self, entries: dict[int, _Entry], tag: int) -> bytes:
         """Return the text of a tag, as far as it lies in the file; nothing where it has none."""
         entry = entries.get(tag)
@@ -210,6 +223,8 @@ def _check_image(tiff: _Tiff, entries: dict[int, _Entry]) -> None:
         if entry.values_at + entry.count * _SIZES.get(entry.kind, 1) > tiff.size:
             reason = f"truncated: {tiff.size} bytes, and tag {tag} has {entry.count} values"
             raise _damaged(f"{reason} at {entry.values_at}")
+        if tag in _BYTES and (largest := tiff.largest(entry)) > tiff.size:
+            raise _damaged(f"truncated: {tiff.size} bytes, and a part of its pixels has {largest}")
     width, length = (tiff.value(entries, tag, 0) for tag in (_WIDTH, _LENGTH))
     if not (0 < width <= MAX_SIDE_PX and 0 < length <= MAX_SIDE_PX):
         raise _damaged(f"it says to have {width:,} x {length:,} pixels")
