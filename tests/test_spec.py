@@ -92,7 +92,7 @@ def test_lookups():
         (lambda d: d.pop("mpp"), "mpp"),
         (lambda d: d.update(mpp=-1), "mpp must be from 0.05 to 5"),
         (lambda d: d.update(mpp=0), "mpp must be"),
-        (lambda d: d.update(mpp=float("nan")), "mpp must be"),
+        (lambda d: d.update(mpp=float("nan")), "mpp cannot be nan"),
         (lambda d: d.update(mpp=500), "mpp must be"),
         (lambda d: d.update(mpp="0.5"), "spec.json"),
         (lambda d: d.pop("heads"), "cannot be read"),

@@ -12,11 +12,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wsi_pipeline.checked import fits, parse_json
 from wsi_pipeline.durable import durable_file, sweep_shared
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import versions
@@ -45,6 +46,8 @@ SLIDE_SUFFIXES = frozenset(
 LONGEST_ID = 180
 """Bytes: file names have at most 255, and temporary ones are longer than final ones."""
 LIST_SUFFIXES = frozenset({".txt", ".csv"})
+_MODEL = {"name": str, "sha256": str}
+"""What a run's record says of its model, at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,12 +198,14 @@ def read_run(out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        if not {"slides", "options", "model"} <= content.keys():
+        content: dict[str, Any] = parse_json(path.read_text())
+        if not fits(content, {"slides": list[Any], "options": dict[str, Any], "model": Any}):
             raise ValueError("it is no record of a run")
-        if not {"name", "sha256"} <= content["model"].keys():
+        if not fits(content["model"], _MODEL) or not fits(content["model"], dict[str, str]):
             raise ValueError("it does not say by which model")
-    except (OSError, ValueError, AttributeError) as error:
+        if not all(fits(slide, {"slide_id": str}) for slide in content["slides"]):
+            raise ValueError("it does not say of which slides")
+    except (OSError, ValueError) as error:
         raise JobError(f"{path} cannot be read ({error}); use another --out") from error
     return content
 
@@ -299,9 +304,18 @@ def _read_list(path: Path) -> list[SlideEntry]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"the slide list {path} cannot be read: {error}") from error
+    if "\0" in text:
+        raise JobError(f"the slide list {path} is no text: it holds zero bytes")
     if path.suffix.lower() == ".txt":
         lines = [line.strip() for line in text.splitlines()]
         return [_entry(_resolve(p, path)) for p in lines if p and not p.startswith("#")]
+    try:
+        return list(_read_table(text, path))
+    except csv.Error as error:
+        raise JobError(f"the slide list {path} is no CSV table: {error}") from error
+
+
+def _read_table(text: str, path: Path) -> Iterator[SlideEntry]:
     rows = csv.DictReader(text.splitlines(), restkey="", skipinitialspace=True)
     columns = rows.fieldnames or ()
     unknown = set(columns) - {"path", "slide_id", "mpp", "mask"}
@@ -311,8 +325,9 @@ def _read_list(path: Path) -> list[SlideEntry]:
             "have 'slide_id', 'mpp' and 'mask'"
         )
         raise JobError(msg)
-    numbered = enumerate(rows, start=2)
-    return [_row(row, number, path) for number, row in numbered if (row["path"] or "").strip()]
+    for number, row in enumerate(rows, start=2):
+        if (row["path"] or "").strip():
+            yield _row(row, number, path)
 
 
 def require_size(mpp: float | None, where: str) -> None:

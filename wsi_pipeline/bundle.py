@@ -17,14 +17,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wsi_pipeline.checkpoint import read_cerberus
 from wsi_pipeline.device import choose_device
@@ -57,6 +60,10 @@ DEFAULTS = {
 }
 """By kind of device, what runs when no model is named: the first that is installed."""
 
+_SPARE_NUMBERS = 1 << 22
+"""What a network may have beyond its weights, so that missing ones can be named."""
+_MAKERS = frozenset({torch.empty, torch.zeros, torch.ones})
+"""How layers make their tensors: called with the sizes."""
 _SPEC = "spec.json"
 CARD, METRICS, RECIPE = "card.md", "metrics.json", "train.toml"
 
@@ -86,8 +93,11 @@ class ModelBundle:
             ModelBundleError: a tensor is missing, unknown, of another shape, or holds what no
                 weight can be (see ``weights.number_fault``); nothing is ever loaded in part.
         """
-        network = build_network(self.spec)
-        _fill(network, read_weights(self.path, self.weight_map), where=str(self.path))
+        tensors = read_weights(self.path, self.weight_map)
+        # A spec may ask for a network of any size; the weights are what there is.
+        with _Budget(2 * sum(tensor.numel() for tensor in tensors.values()) + _SPARE_NUMBERS):
+            network = build_network(self.spec)
+        _fill(network, tensors, where=str(self.path))
         return network.eval()
 
     @property
@@ -146,7 +156,7 @@ def open_bundle(path: Path) -> ModelBundle:
     """
     try:
         text = (path / _SPEC).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ModelBundleError(f"{path} is no model bundle: {error}") from error
     files = weight_map(path)
     return ModelBundle(
@@ -298,6 +308,27 @@ def _digest(path: Path, weight_map: Mapping[str, Any]) -> str:
 def _is_counter(name: str) -> bool:
     # How many batches a normalisation saw in training: no part of the function computed.
     return name.endswith(".num_batches_tracked")
+
+
+class _Budget(TorchFunctionMode):
+    """Lets tensors of so many numbers be made within its block, and no more."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self._left = numbers
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function returns
+        if func in _MAKERS and args:
+            self._left -= math.prod(args[0] if isinstance(args[0], list | tuple) else args)
+            if self._left < 0:
+                raise ModelBundleError("the spec asks for a larger network than the weights are of")
+        return func(*args, **(kwargs or {}))
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:

@@ -8,8 +8,8 @@ bears torchvision's names.
 
 from __future__ import annotations
 
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,6 @@ _HEAD_NAMES = {
     "Patch-Class": "tissue",
 }
 """Upstream's decoders and our heads."""
-
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError,
-               TypeError, AttributeError)  # fmt: skip
-"""What torch raises for bytes that are no checkpoint: it follows them as far as they go."""
 
 _COUNTER = ".num_batches_tracked"
 
@@ -176,10 +172,26 @@ def load_pickled(path: Path) -> Any:  # noqa: ANN401 - whatever was pickled
         ModelBundleError: no such file, damaged, or it wants to run code.
     """
     try:
+        _refuse_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except Exception as error:  # torch follows bytes that are no checkpoint as far as they go
         msg = f"{path} cannot be read as a checkpoint of tensors alone: {error!r}"
         raise ModelBundleError(msg) from error
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse an archive with packed records: torch writes none, and any size may be in them.
+
+    Raises:
+        ValueError: there are such.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        packed = [info.filename for info in archive.infolist() if info.compress_type]
+    if packed:
+        msg = f"{len(packed)} of its records are compressed, such as {packed[0]!r:.80}"
+        raise ValueError(msg)
 
 
 def _without_module(state: dict[str, Tensor]) -> dict[str, Tensor]:

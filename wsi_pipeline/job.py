@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from wsi_pipeline.checked import misfits, parse_json
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.redaction import Redaction
@@ -189,7 +190,8 @@ class RunReport:
         """One line on why the slide is not done, or done with a warning; or an empty string."""
         if self.left:
             return f"its maps are complete, its {self.left} are left to another run"
-        return f"{self.error['code']}: {self.error['message']}" if self.error else ""
+        error = self.error or {}
+        return f"{error.get('code')}: {error.get('message')}" if error else ""
 
     @property
     def as_asked(self) -> bool:
@@ -205,11 +207,13 @@ class RunReport:
 def read_report(path: Path) -> RunReport | None:
     """Read a report; None where there is none or it is of no use."""
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
+        if not isinstance(data, dict) or misfits(RunReport, data):
+            return None
         known = {f.name for f in fields(RunReport)}
         report = RunReport(**{key: value for key, value in data.items() if key in known})
         return report if _is_sound(report) else None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -242,7 +246,7 @@ def finished_report(job: SlideJob) -> RunReport | None:
         if name == maps and not job.keep_maps:
             continue
         path = job.out / name
-        if not path.exists() or (path.is_file() and path.stat().st_size != facts["bytes"]):
+        if not path.exists() or (path.is_file() and path.stat().st_size != facts.get("bytes")):
             return None
     return report
 

@@ -58,6 +58,9 @@ from wsi_pipeline.steady import settle_vector_math
 
 __all__ = ["INPUT_MULTIPLE", "Cerberus", "build_network"]
 
+MOST_OPTION = 4096
+"""The largest number among a network's options: eight times the widest layer of ResNet-34."""
+MOST_OPTIONS = 64
 PATCH_CELLS = 9
 """Bottleneck cells a side that a patch prediction averages: 144 input pixels."""
 SCALES = (1, 2, 4, 8, 16)
@@ -88,11 +91,24 @@ def build_network(spec: ModelSpec) -> nn.Module:
     if spec.architecture not in architectures:
         msg = f"architecture {spec.architecture!r} is none of {sorted(architectures)}"
         raise ModelBundleError(msg)
+    if not _is_modest(spec.options):
+        msg = f"options of {spec.architecture!r}: numbers up to {MOST_OPTION}, and few of them"
+        raise ModelBundleError(msg)
     try:
         return architectures[spec.architecture](spec.heads, **spec.options)
-    except (TypeError, KeyError) as error:  # KeyError: torch reserves some names
+    # KeyError: torch reserves some names; the others: of numbers it cannot make layers of
+    except (TypeError, KeyError, ValueError, IndexError, RuntimeError, ArithmeticError) as error:
         msg = f"options or head names of {spec.architecture!r}: {error}"
         raise ModelBundleError(msg) from error
+
+
+def _is_modest(value: object) -> bool:
+    """Tell whether options hold nothing that a network could be built of for hours."""
+    if isinstance(value, Mapping):
+        return len(value) <= MOST_OPTIONS and all(map(_is_modest, value.values()))
+    if isinstance(value, list | tuple):
+        return len(value) <= MOST_OPTIONS and all(map(_is_modest, value))
+    return not isinstance(value, int | float) or abs(value) <= MOST_OPTION
 
 
 class Cerberus(nn.Module):

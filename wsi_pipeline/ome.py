@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,16 @@ from zarr.codecs import ZstdCodec
 
 from wsi_pipeline.geometry import PixelGrid
 
-__all__ = ["compress", "create_array", "multiscale", "oddity", "ome_attributes"]
+__all__ = [
+    "check_chunk",
+    "compress",
+    "create_array",
+    "multiscale",
+    "oddity",
+    "ome_attributes",
+]
 
 ZSTD_LEVEL = 1
-LARGEST_CHUNK_BYTES = 1 << 28
-"""The tile of a chunk is 8192 pixels wide at most."""
 
 
 def create_array(
@@ -44,7 +51,7 @@ def create_array(
     )
 
 
-def oddity(array: zarr.Array[Any], shape: tuple[int, ...]) -> str | None:
+def oddity(array: zarr.Array[Any], shape: tuple[int, ...], chunks: tuple[int, ...]) -> str | None:
     """Tell in what an array differs from those that :func:`create_array` makes; None in nothing.
 
     Asked before a chunk is read: the metadata of a store that a stranger made choose what its
@@ -54,13 +61,10 @@ def oddity(array: zarr.Array[Any], shape: tuple[int, ...]) -> str | None:
     Args:
         array: as it was opened.
         shape: what it must have.
+        chunks: what it must have.
     """
     if array.metadata.zarr_format != 3:
         return f"is of zarr format {array.metadata.zarr_format}"
-    if array.shape != shape:
-        return f"has the shape {array.shape}, not {shape}"
-    if array.dtype != np.uint8:
-        return f"holds {array.dtype}, not uint8"
     said: dict[str, Any] = dict(array.metadata.to_dict())
     codecs = [codec["name"] for codec in said["codecs"]]
     if codecs != ["bytes", "zstd"] or said["storage_transformers"]:
@@ -68,16 +72,53 @@ def oddity(array: zarr.Array[Any], shape: tuple[int, ...]) -> str | None:
     keys = said["chunk_key_encoding"]
     if keys["name"] != "default" or keys["configuration"] != {"separator": "/"}:
         return "names its chunks in another way"
-    if said["chunk_grid"]["name"] != "regular" or np.prod(array.chunks, dtype=float) > (
-        LARGEST_CHUNK_BYTES
-    ):
-        return "has chunks of more than 256 MiB, or of different sizes"
+    if array.dtype != np.uint8:
+        return f"holds {array.dtype}, not uint8"
+    if said["chunk_grid"]["name"] != "regular" or (array.shape, array.chunks) != (shape, chunks):
+        return f"is {array.shape} in chunks of {array.chunks}, not {shape} in {chunks}"
     return None
 
 
 def compress(chunk: NDArray[np.uint8]) -> bytes:
     """Return the bytes of the file in which :func:`create_array`'s arrays keep a chunk."""
     return bytes(Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(chunk)))
+
+
+def check_chunk(folder: Path, array: zarr.Array[Any], index: tuple[int, ...]) -> None:
+    """Refuse a chunk that would be decompressed to more bytes than it has pixels.
+
+    Args:
+        folder: of the store.
+        array: one of its arrays.
+        index: of the chunk.
+
+    Raises:
+        ValueError: it says to be larger, or does not say how large it is.
+    """
+    path = folder / array.path / array.metadata.encode_chunk_key(index)
+    try:
+        with path.open("rb") as file:
+            head = file.read(18)
+    except FileNotFoundError:
+        return  # a chunk of zeros
+    size, most = _zstd_size(head), math.prod(array.chunks)
+    if size != most:
+        msg = f"{size} bytes in place of {most}"
+        raise ValueError(msg)
+
+
+def _zstd_size(head: bytes) -> int | None:
+    """Return the bytes that a Zstandard frame says to hold; RFC 8878, section 3.1.1.1."""
+    if head[:4] != b"\x28\xb5\x2f\xfd" or len(head) < 5:
+        return None
+    flags = head[4]
+    is_single = flags >> 5 & 1
+    width = (1, 2, 4, 8)[flags >> 6] if flags >> 6 or is_single else 0
+    at = 5 + (not is_single) + (0, 1, 2, 4)[flags & 3]
+    raw = head[at : at + width]
+    if not width or len(raw) < width:
+        return None
+    return int.from_bytes(raw, "little") + (256 if width == 2 else 0)
 
 
 def multiscale(

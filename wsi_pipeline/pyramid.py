@@ -50,7 +50,7 @@ class Pyramid:
         while max(self.levels[-1].shape[-2:]) > COARSEST_PX:
             finer, name = self.levels[-1], f"{key}_{2 ** len(self.levels)}x"
             shape = (*finer.shape[:-2], *(-(-side // 2) for side in finer.shape[-2:]))
-            made = name in group and oddity(_array(group, name), shape) is None
+            made = name in group and not oddity(_array(group, name), shape, finer.chunks)
             self.levels.append(
                 _array(group, name) if made else create_array(group, name, shape, finer.chunks)
             )

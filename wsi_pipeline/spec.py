@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
+from wsi_pipeline.checked import misfits, parse_json
 from wsi_pipeline.errors import ModelBundleError
 
 __all__ = [
@@ -42,6 +43,12 @@ _TAKEN = "blocks"
 """An array in the store of maps, beside the folders of the heads."""
 HeadKind = Literal["instance", "class", "patch", "detect"]
 T = TypeVar("T")
+
+_MOST_HEADS = 64
+_MOST_STRIDE = 1024
+_MOST_HALO_PX = 4096
+_MOST_UM = 10_000.0
+"""No object that is found by rules is larger than a centimetre."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,10 +146,12 @@ class HeadSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
         if not _NAME.fullmatch(self.name) or self.name == _TAKEN:
-            msg = f"head {self.name!r}: a name is letters, digits, '-' and '_', and not {_TAKEN!r}"
-            raise ModelBundleError(f"{msg}: it becomes a folder of the maps")
-        if self.stride < 1:
-            raise ModelBundleError(f"head {self.name!r}: stride must be 1 or more")
+            msg = f"a name is letters, digits, '-' and '_', and not {_TAKEN!r}"
+            raise ModelBundleError(
+                f"head {self.name!r:.120}: {msg}: it becomes a folder of the maps"
+            )
+        if not 1 <= self.stride <= _MOST_STRIDE:
+            raise ModelBundleError(f"head {self.name!r}: stride must be 1 to {_MOST_STRIDE}")
         if self.kind == "instance":
             self._require("object_kind", "rules")
             if isinstance(self.rules, PeakRules):
@@ -218,8 +227,11 @@ class ModelSpec:
             raise ModelBundleError(
                 f"model {self.name!r}: mpp must be from 0.05 to 5, not {self.mpp}"
             )
-        if self.halo_px % 16 or self.halo_px < 0:
-            raise ModelBundleError(f"model {self.name!r}: halo_px must be a multiple of 16")
+        if self.halo_px % 16 or not 0 <= self.halo_px <= _MOST_HALO_PX:
+            msg = f"model {self.name!r}: halo_px must be a multiple of 16 up to {_MOST_HALO_PX}"
+            raise ModelBundleError(msg)
+        if len(names) > _MOST_HEADS:
+            raise ModelBundleError(f"model {self.name!r} has more than {_MOST_HEADS} heads")
         for head in self.heads:
             for other in (head.classifies, head.parent):
                 self._check_reference(head, other)
@@ -291,7 +303,7 @@ class ModelSpec:
                 each other.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             heads = tuple(head_from_json(dict(head)) for head in data.pop("heads"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelBundleError(f"spec.json cannot be read: {error!r}") from error
@@ -316,10 +328,14 @@ def head_from_json(data: dict[str, Any]) -> HeadSpec:
     if rules is not None:
         rules = dict(rules)
         by = rules.pop("by", None)
-        if by not in _RULES:
+        if not isinstance(by, str) or by not in _RULES:
             msg = f"rules.by must be one of {sorted(_RULES)}, not {by!r}"
             raise ModelBundleError(msg)
-        data["rules"] = _build(_RULES[by], rules, f"rules of head {data.get('name')!r}")
+        where = f"rules of head {data.get('name')!r}"
+        data["rules"] = _build(_RULES[by], rules, where)
+        large = [key for key, value in rules.items() if key.endswith("_um") and value > _MOST_UM]
+        if large:
+            raise ModelBundleError(f"{where}: {large} are more than {_MOST_UM:g} micrometres")
     return _build(HeadSpec, data, f"head {data.get('name')!r}")
 
 
@@ -329,6 +345,10 @@ def _build(kind: type[T], data: dict[str, Any], where: str) -> T:
     if unknown:
         msg = f"{where}: unknown keys {unknown}; known are {sorted(known)}"
         raise ModelBundleError(msg)
+    odd = misfits(kind, data)
+    if odd:
+        said = ", ".join(f"{name} cannot be {data[name]!r:.60}" for name in odd)
+        raise ModelBundleError(f"{where}: {said}")
     try:
         return kind(**data)
     except TypeError as error:

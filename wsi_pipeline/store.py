@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import ContainsGroupError, NodeNotFoundError
 
+from wsi_pipeline.arrays import ChunkCache, make_template, open_arrays
+from wsi_pipeline.checked import fits
 from wsi_pipeline.durable import (
     disk_errors,
     partial_path,
@@ -38,11 +39,11 @@ from wsi_pipeline.durable import (
     remove_tree,
     sync,
 )
-from wsi_pipeline.errors import StoreError, WsiPipelineError
+from wsi_pipeline.errors import StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.ome import create_array, multiscale, oddity, ome_attributes
+from wsi_pipeline.ome import check_chunk, multiscale, ome_attributes
 from wsi_pipeline.pyramid import Pyramid
-from wsi_pipeline.spec import HeadSpec, ModelSpec
+from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import Tile, TileGrid
 
 if TYPE_CHECKING:
@@ -54,12 +55,19 @@ log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
-CHUNK_PX = 1024
-"""Largest side of a chunk, in pixels of the working grid."""
 WHOLE = 255
 """Mark of a tile that was read and predicted wholly; 0 is a tile without tissue."""
 CACHE_BYTES = 96 << 20
 """Decoded chunks that an open store keeps."""
+_PAIR = tuple[float, float]
+_META = {
+    "spec": str,
+    "grid": {"origin": _PAIR, "spacing": _PAIR, "size": tuple[int, int]},
+    "mpp": _PAIR,
+    "tile_px": int,
+    "made": dict,
+}
+"""What a store says of itself, at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +90,7 @@ class PredictionStore:
 
     def __init__(self, path: Path, group: zarr.Group) -> None:
         meta = group.attrs["wsi_pipeline"]
-        if not isinstance(meta, Mapping):
+        if not isinstance(meta, Mapping) or not fits(meta, _META):
             raise StoreError(f"{path} is no store of this package")
         self.path = path
         self.meta: dict[str, Any] = dict(meta)
@@ -97,14 +105,10 @@ class PredictionStore:
         self._group = group
         self._groups = {head.name: _group(group, head.name) for head in self.spec.heads}
         self._maps = self.spec.maps
-        self._arrays = {
-            key: _array(group, key, self._shape(key, head)) for key, head in self._maps.items()
-        }
-        lattice = [-(-side // self.tile_px) for side in self.grid.size[::-1]]
-        self._marks = _array(group, "blocks", tuple(lattice))
+        self._arrays, self._marks = open_arrays(group, self.spec, self.grid, self.tile_px)
         self._marking = threading.Lock()
         self._blocks: Pixels = np.asarray(self._marks[:], np.uint8)
-        self._cache = _ChunkCache(CACHE_BYTES)
+        self._cache = ChunkCache(CACHE_BYTES)
         self._pyramids: dict[str, Pyramid] = {}
 
     @classmethod
@@ -148,7 +152,7 @@ class PredictionStore:
                     return unfinished._expecting(tiles)
                 log.warning("%s was begun with other options and starts again", path.name)
                 remove_tree(beside)
-            return cls(beside, _template(beside, spec, tiles, meta))._expecting(tiles)
+            return cls(beside, make_template(beside, spec, tiles, meta))._expecting(tiles)
 
     def _expecting(self, tiles: TileGrid) -> PredictionStore:
         """Prepare the pyramids for the blocks of these tiles."""
@@ -175,10 +179,6 @@ class PredictionStore:
             unfinished = " An unfinished one lies beside it." if partial_path(path).exists() else ""
             raise StoreError(f"{path} is no finished store of maps.{unfinished}")
         return store
-
-    def _shape(self, key: str, head: HeadSpec) -> tuple[int, ...]:
-        channels = (len(head.prob_channels),) if key.endswith("/prob") else ()
-        return (*channels, *self.grid.coarsen(head.stride).size[::-1])
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -290,9 +290,12 @@ class PredictionStore:
         return self._cache.get((key, box), lambda: self._decode(key, box))
 
     def _decode(self, key: str, box: Box) -> Pixels | None:
+        array = self._arrays[key]
+        place = box.y // array.chunks[-2], box.x // array.chunks[-1]
         try:
-            pixels = np.asarray(self._arrays[key][(..., *box.slices)], np.uint8)
-        except RuntimeError as error:
+            check_chunk(self.path, array, (0,) * (array.ndim - 2) + place)
+            pixels = np.asarray(array[(..., *box.slices)], np.uint8)
+        except (RuntimeError, ValueError) as error:
             msg = (
                 f"{self.path}: the chunk of {key} at ({box.x}, {box.y}) is damaged ({error}); "
                 "run the slide again with --overwrite"
@@ -372,31 +375,6 @@ class PredictionStore:
         return PredictionStore.open(final)
 
 
-class _ChunkCache:
-    """The most recently used decoded chunks, up to a number of bytes."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self._capacity = capacity_bytes
-        self._bytes = 0
-        self._chunks: OrderedDict[object, Pixels | None] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: object, load: Any) -> Pixels | None:  # noqa: ANN401
-        with self._lock:
-            if key in self._chunks:
-                self._chunks.move_to_end(key)
-                return self._chunks[key]
-        chunk: Pixels | None = load()
-        with self._lock:
-            if key not in self._chunks:
-                self._chunks[key] = chunk
-                self._bytes += 0 if chunk is None else chunk.nbytes
-            while self._bytes > self._capacity and len(self._chunks) > 1:
-                _, old = self._chunks.popitem(last=False)
-                self._bytes -= 0 if old is None else old.nbytes
-        return chunk
-
-
 def open_maps(path: Path | str) -> dict[str, da.Array]:
     """Open the maps of a slide as lazy dask arrays.
 
@@ -433,46 +411,11 @@ def _open(path: Path, mode: Literal["r", "r+"]) -> PredictionStore | None:
         return PredictionStore(path, zarr.open_group(path, mode=mode, zarr_format=3))
     except _NO_STORE:
         return None
-    except (WsiPipelineError, RuntimeError) as error:
+    except (OSError, MemoryError):
+        raise  # the disk or the machine: the store may be good
+    except Exception as error:  # damaged words lead zarr into accidents of any kind
         log.warning("%s cannot be used: %s", path.name, error)
         return None
-
-
-def _template(path: Path, spec: ModelSpec, tiles: TileGrid, meta: dict[str, Any]) -> zarr.Group:
-    group = zarr.create_group(path, zarr_format=3)
-    chunk_px = _chunk_px(tiles.tile_px)
-    for key, head in spec.maps.items():
-        if chunk_px % head.stride:
-            msg = f"head {head.name!r}: tile size {tiles.tile_px} is no multiple of its stride"
-            raise StoreError(msg)
-        width, height = tiles.grid.coarsen(head.stride).size
-        channels = (len(head.prob_channels),) if key.endswith("/prob") else ()
-        side = chunk_px // head.stride
-        create_array(group, key, (*channels, height, width), (*channels, side, side))
-    columns, rows = tiles.shape
-    create_array(group, "blocks", (rows, columns), (1, max(1, columns)))
-    # Last, because it says that the template is complete.
-    group.attrs["wsi_pipeline"] = meta
-    return group
-
-
-def _chunk_px(tile_px: int) -> int:
-    """Return the largest multiple of 16 up to CHUNK_PX that divides a tile.
-
-    Where that would be tiny, and files without number, a chunk is a whole tile.
-    """
-    sides = (side for side in range(16, min(tile_px, CHUNK_PX) + 1, 16) if tile_px % side == 0)
-    side = max(sides)
-    return side if side >= CHUNK_PX // 4 else tile_px
-
-
-def _array(group: zarr.Group, key: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
-    array = group[key]
-    if not isinstance(array, zarr.Array):
-        raise StoreError(f"{key} is not an array")
-    if odd := oddity(array, shape):
-        raise StoreError(f"{key} {odd}")
-    return array
 
 
 def _group(group: zarr.Group, key: str) -> zarr.Group:

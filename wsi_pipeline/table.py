@@ -12,6 +12,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from operator import and_
 from pathlib import Path
@@ -25,8 +26,9 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from wsi_pipeline.checked import parse_json
 from wsi_pipeline.durable import durable_file
-from wsi_pipeline.errors import TableError
+from wsi_pipeline.errors import TableError, WsiPipelineError
 from wsi_pipeline.geoparquet import SIDES, geo_metadata, pixel_crs
 
 if TYPE_CHECKING:
@@ -276,9 +278,19 @@ def read_objects(
     Raises:
         TableError: no such file, or not a table of this package.
     """
+    path = Path(path)
+    with _table_errors(path):
+        return _read_frame(path, kind, bbox, columns)
+
+
+def _read_frame(
+    path: Path,
+    kind: str | None,
+    bbox: tuple[float, float, float, float] | None,
+    columns: Iterable[str] | None,
+) -> gpd.GeoDataFrame:
     import geopandas as gpd  # slow to import, and tables are written without it
 
-    path = Path(path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise TableError(f"{path} holds no .parquet file")
@@ -308,13 +320,17 @@ def read_centroids(path: Path, *, kind: str) -> NDArray[np.float64]:
 
     Returns:
         ``(N, 2)`` level-0 pixels.
+
+    Raises:
+        TableError: no such file, or not a table of objects.
     """
     names = ["centroid_x", "centroid_y"]
-    parts = [
-        np.stack([part.column(name).to_numpy() for name in names], axis=1)
-        for part in _read_groups(path, names, kind, None)
-    ]
-    return np.concatenate(parts)
+    with _table_errors(path):
+        parts = [
+            np.stack([part.column(name).to_numpy() for name in names], axis=1)
+            for part in _read_groups(path, names, kind, None)
+        ]
+        return np.concatenate(parts).astype(np.float64, copy=False)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -327,8 +343,28 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def count_rows(path: str | Path) -> int:
-    """Return the number of rows of a table, from its footer."""
-    return int(pq.read_metadata(path).num_rows)
+    """Return the number of rows of a table, from its footer.
+
+    Raises:
+        TableError: no such file, or not a table.
+    """
+    with _table_errors(Path(path)):
+        return int(pq.read_metadata(path).num_rows)
+
+
+@contextmanager
+def _table_errors(path: Path) -> Iterator[None]:
+    """Turn whatever damaged or foreign tables lead their readers into to :class:`TableError`."""
+    try:
+        yield
+    except (WsiPipelineError, MemoryError):
+        raise
+    except Exception as error:
+        msg = (
+            f"{path} cannot be read as a table of this package: {error!r:.300}. "
+            "If it is one, it is damaged: run its slide again with --overwrite"
+        )
+        raise TableError(msg) from error
 
 
 def _read_groups(
@@ -396,9 +432,11 @@ def _read_geo(path: Path) -> dict[str, Any]:
 
 def _read_key(path: Path, key: bytes) -> dict[str, Any]:
     try:
-        text = (pq.read_metadata(path).metadata or {})[key]
-        value: dict[str, Any] = json.loads(text)
-    except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+        text = (pq.read_metadata(path).metadata or {})[key].decode()
+        value: dict[str, Any] = parse_json(text)
+        if not isinstance(value, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         msg = f"{path} is no table of this package (looked for {key.decode()!r}): {error!r}"
         raise TableError(msg) from error
     return value

@@ -58,8 +58,12 @@ INK_UM2 = 30_000.0
 """Ink-coloured spots up to this area are pigment or blood: a marker draws wider lines."""
 INK_MARGIN_UM = 24.0
 """Grown around ink, for the last of its rim."""
+MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "JPEG", "PPM", "WEBP", "TGA")
+"""Pictures without more to them; Pillow also reads some that are programs, such as EPS."""
 MAX_MASK_PX = 4096
 """Long side above which a mask from a file is reduced: about 6-12 um a pixel of a large slide."""
+_STRIP_PX = 1024
+"""Lines of a mask that are looked at together."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -197,7 +201,7 @@ def read_mask(path: Path, slide_size: tuple[int, int]) -> TissueMask:
     pixel is tissue if any pixel under it is.
 
     Args:
-        path: a PNG or any other image that Pillow reads.
+        path: a PNG, or an image of another of the kinds in ``MASK_FORMATS``.
         slide_size: ``(width, height)`` of level 0.
 
     Raises:
@@ -205,9 +209,11 @@ def read_mask(path: Path, slide_size: tuple[int, int]) -> TissueMask:
     """
     try:
         # A file, not its name: Pillow would map it, and die if somebody made it shorter.
-        with path.open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, Image.open(file, formats=MASK_FORMATS) as image:
             mask = _opaque(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes lead Pillow into accidents of any kind
         reason = "there is no such file" if not path.exists() else str(error)
         msg = (
             f"the tissue mask {path} cannot be read: {reason}. "
@@ -345,9 +351,14 @@ def _holding(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bo
 def _opaque(image: Image.Image) -> NDArray[np.bool_]:
     """Return where an image is neither black nor transparent, ``(H, W)``."""
     if image.mode not in {"1", "L", "I", "F"} and not image.mode.startswith("I;"):
-        # Palettes and alpha are judged as shown, not by their stored numbers.
-        pixels = np.asarray(image.convert("RGBA"))
-        return np.asarray((pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0), np.bool_)
+        # Palettes and alpha are judged as shown, not by their stored numbers; in strips,
+        # because as shown they are larger than as stored.
+        opaque = np.zeros(image.size[::-1], np.bool_)
+        for y in range(0, image.height, _STRIP_PX):
+            strip = image.crop((0, y, image.width, min(y + _STRIP_PX, image.height)))
+            pixels = np.asarray(strip.convert("RGBA"))
+            opaque[y : y + _STRIP_PX] = (pixels[..., :3] > 0).any(axis=-1) & (pixels[..., 3] > 0)
+        return opaque
     return np.asarray(np.asarray(image) > 0, np.bool_)
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wsi_pipeline.checked import parse_json
 from wsi_pipeline.errors import ModelBundleError
 
 __all__ = [
@@ -61,9 +62,9 @@ def weight_map(folder: Path) -> dict[str, tuple[str, ...] | None]:
         _require_inside(folder, _WEIGHTS)
         return {_WEIGHTS: None}
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        entries = parse_json(index.read_text(encoding="utf-8"))["weight_map"].items()
         files = {str(file) for _, file in entries}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelBundleError(f"{index} cannot be read: {error!r}") from error
     for file in files:
         # A bundle may come from anywhere: it must not name files outside its folder.

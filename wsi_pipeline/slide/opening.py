@@ -9,6 +9,7 @@ import numpy as np
 import openslide
 
 from wsi_pipeline.errors import SlideError, UnsupportedFormatError
+from wsi_pipeline.slide.directory import check_directories
 from wsi_pipeline.slide.reader import NotTakenError, TileError, TileReader
 from wsi_pipeline.slide.regions import OpenSlideReader, TiffSlideReader
 from wsi_pipeline.slide.tiff import TiffReader
@@ -47,6 +48,11 @@ def open_reader(path: str) -> TileReader:
         SlideError: the file is missing or damaged.
         UnsupportedFormatError: the file is whole, and of a kind that no reader takes.
     """
+    _require_file(path)
+    try:
+        check_directories(path)
+    except NotTakenError as refusal:
+        raise _failure(path, [("Tiff", refusal)]) from refusal
     refusals: list[tuple[str, NotTakenError]] = []
     for opener in _openers(path):
         name = opener.__qualname__.partition("Reader")[0]
@@ -66,9 +72,9 @@ def open_reader(path: str) -> TileReader:
     raise _failure(path, refusals)
 
 
-def _openers(path: str) -> Sequence[Callable[[str], TileReader]]:
+def _require_file(path: str) -> None:
     if "://" in path:
-        return [TiffSlideReader.open]
+        return
     if not Path(path).is_file():
         found = "is a folder" if Path(path).is_dir() else "does not exist"
         msg = f"{path} {found}. To proceed: give the path of a slide file."
@@ -79,6 +85,11 @@ def _openers(path: str) -> Sequence[Callable[[str], TileReader]]:
     except OSError as error:
         msg = f"{path} cannot be opened: {error.strerror}. To proceed: check who may read it."
         raise SlideError(msg) from error
+
+
+def _openers(path: str) -> Sequence[Callable[[str], TileReader]]:
+    if "://" in path:
+        return [TiffSlideReader.open]
     vendor = openslide.OpenSlide.detect_format(path)
     if vendor in _FAST_VENDORS:
         return [TiffReader.open, OpenSlideReader.open, TiffSlideReader.open]

@@ -7,11 +7,12 @@ that the rest of this room need not know the difference.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openslide
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 from wsi_pipeline.slide.quiet import quiet
 from wsi_pipeline.slide.reader import NotTakenError, RasterLevel, TileError
 from wsi_pipeline.slide.resample import area_mean
+from wsi_pipeline.slide.streams import check_stream
 
 if TYPE_CHECKING:
+    from tifffile import TiffPage
     from tiffslide import TiffSlide  # slow to import, and seldom needed
 
 __all__ = ["OpenSlideReader", "TiffSlideReader"]
@@ -46,6 +49,8 @@ class OpenSlideReader:
         self.properties: Mapping[str, str] = MappingProxyType(dict(handle.properties))
         self.vendor = self.properties.get("openslide.vendor", "unknown")
         self.associated = _associated(self.properties)
+        # asked for now: a handle that an error has spoilt does not tell any more
+        self._downsamples = tuple(handle.level_downsamples)
         self.levels = tuple(
             RasterLevel(size=size, tile_size=_block(self.properties, index))
             for index, size in enumerate(handle.level_dimensions)
@@ -68,8 +73,7 @@ class OpenSlideReader:
     def tile(self, level: int, column: int, row: int, reduction: int) -> NDArray[np.uint8] | None:
         """Read one block; see :class:`~wsi_pipeline.slide.reader.TileReader`."""
         box = self.levels[level].tile_box(column, row)
-        handle = self._handle
-        downsample = handle.level_downsamples[level]
+        handle, downsample = self._handle, self._downsamples[level]
         place = (round(box.x * downsample), round(box.y * downsample))
         try:
             rgba = np.asarray(handle.read_region(place, level, box.size))
@@ -124,13 +128,21 @@ class TiffSlideReader:
 
         try:
             with quiet():
-                return cls(tiffslide.TiffSlide(path))
+                handle = tiffslide.TiffSlide(path)
+                for series in handle.ts_tifffile.series:
+                    for level in series.levels:
+                        _guard(level.keyframe)
+                return cls(handle)
         except FileNotFoundError as error:
             raise NotTakenError(f"no such file ({error})", damaged=True) from error
         except (tiffslide.TiffFileError, OSError) as error:
             raise NotTakenError(str(error), damaged=True) from error
         except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:
             raise NotTakenError(str(error), damaged=False) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged bytes lead a parser into accidents of any kind
+            raise NotTakenError(repr(error), damaged=True) from error
 
     def tile(self, level: int, column: int, row: int, reduction: int) -> NDArray[np.uint8] | None:
         """Read one block; see :class:`~wsi_pipeline.slide.reader.TileReader`."""
@@ -140,8 +152,10 @@ class TiffSlideReader:
         try:
             with self._lock, quiet():
                 pixels = self._handle.read_region(place, level, box.size, as_array=True)
-        except (ValueError, RuntimeError, OSError, IndexError, TypeError, KeyError) as error:
-            raise TileError(str(error)) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            raise TileError(str(error) or repr(error)) from error
         if np.dtype(pixels.dtype) != np.uint8 or pixels.shape[:2] != (box.height, box.width):
             msg = f"holds {pixels.dtype} values in the shape {pixels.shape}, not 8-bit colours"
             raise TileError(msg)
@@ -166,6 +180,20 @@ def _associated(properties: Mapping[str, str]) -> Mapping[str, tuple[int, int]]:
         for name in names
     }
     return MappingProxyType({name: (width, height) for name, (width, height) in sides.items()})
+
+
+def _guard(page: TiffPage) -> None:
+    """Check the tiles of an image before tifffile decodes them."""
+    decode = page.decode
+    most_px = math.prod(page.chunks)  # colours included, however they are laid out
+
+    def checked(data: bytes | None, *place: Any, **how: Any) -> Any:  # noqa: ANN401
+        if data is not None:
+            head = how.get("jpegheader") or b""
+            check_stream(int(page.compression), head + data, most_px)
+        return decode(data, *place, **how)
+
+    page.decode = checked
 
 
 def _block(properties: Mapping[str, str], level: int) -> tuple[int, int]:

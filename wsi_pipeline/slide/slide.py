@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +14,10 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipeline.errors import SlideError
+from wsi_pipeline.errors import ImplausiblePixelSizeError, SlideError
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.slide.bands import band_bytes, decode_once, read_bands
+from wsi_pipeline.slide.directory import MAX_SIDE_PX
 from wsi_pipeline.slide.opening import open_reader
 from wsi_pipeline.slide.pixel_size import (
     PixelSize,
@@ -32,6 +34,12 @@ logger = logging.getLogger(__name__)
 
 _STRIP_PX = 512
 """Height of the strips in which a large box is read."""
+_STRIP_BYTES = 256 << 20
+"""At most for the canvases of a strip; it is cut where tiles make them larger."""
+_THUMBNAIL_PX = 1 << 25
+"""75 x 25 mm of glass, scanned all over, at 8 um a pixel are 29 million pixels."""
+_LARGEST_UM = 300_000.0
+"""Of a side: the glass of the largest sections, whole brains, is 254 mm wide."""
 _THUMBNAIL_THREADS = 4
 
 
@@ -84,6 +92,7 @@ class Slide:
         reader = open_reader(text)
         try:
             found = find_pixel_size(reader.properties, name=_name(text), argument=mpp)
+            _check_extent(_name(text), reader.levels[0].size, found)
         except SlideError:
             reader.close()
             raise
@@ -258,25 +267,39 @@ class Slide:
         """Read the whole slide at a coarse pixel size, cheaply.
 
         Args:
-            mpp: wanted micrometres a pixel; see :meth:`working_grid`.
+            mpp: wanted micrometres a pixel; see :meth:`working_grid`. It is coarser where the
+                whole slide would have more than 32 million of them.
 
         Returns:
             ``(H, W, 3)`` RGB, area-averaged, and the grid it lies on.
         """
-        grid = self.working_grid(mpp)
+        area_um2 = math.prod(self.size) * self.pixel_size.x * self.pixel_size.y
+        grid = self.working_grid(max(mpp, math.sqrt(area_um2 / _THUMBNAIL_PX)))
         return self._read(grid, grid.box, threads=_THUMBNAIL_THREADS), grid
 
     def _read(self, grid: PixelGrid, box: Box, *, threads: int) -> NDArray[np.uint8]:
         pixels = np.empty((box.height, box.width, 3), np.uint8)
+        wide, high = self._strip_size(grid, box)
         strips = [
-            Box.from_edges(box.x, y, box.x1, min(y + _STRIP_PX, box.y1))
-            for y in range(box.y, box.y1, _STRIP_PX)
-            if box.width
+            Box.from_edges(x, y, min(x + wide, box.x1), min(y + high, box.y1))
+            for x in range(box.x, box.x1, wide)
+            for y in range(box.y, box.y1, high)
         ]
         windows = self.read_windows(grid, strips, threads=threads)
         for strip, window in zip(strips, windows, strict=True):
             pixels[strip.relative_to(box).slices] = window
         return pixels
+
+    def _strip_size(self, grid: PixelGrid, box: Box) -> tuple[int, int]:
+        """Return width and height of the parts in which a box is read."""
+        wide, high = max(1, box.width), _STRIP_PX
+        while self.band_bytes(grid, (wide, high)) > _STRIP_BYTES and max(wide, high) > 1:
+            # low strips first: parts side by side decode the tiles between them twice
+            if high > _STRIP_PX // 8 or wide == 1:
+                high //= 2
+            else:
+                wide = -(-wide // 2)
+        return wide, high
 
     def _fetch(self, plane: Plane, column: int, row: int) -> NDArray[np.uint8] | None:
         try:
@@ -301,6 +324,27 @@ class Slide:
                 "%s: level %d, tile (%d, %d) cannot be decoded and is read as white: %s",
                 self.name, plane.level, column, row, error,
             )  # fmt: skip
+
+
+def _check_extent(name: str, size: tuple[int, int], pixel: PixelSize) -> None:
+    """Refuse a slide that would be larger than any glass: whatever is made of it would be, too.
+
+    Raises:
+        SlideError: it has more pixels than any scanner makes of the largest glass.
+        ImplausiblePixelSizeError: they are too large for there to be so many.
+    """
+    width, height = size[0] * pixel.x, size[1] * pixel.y
+    said = f"{name} says to have {size[0]:,} x {size[1]:,} pixels"
+    if max(size) > MAX_SIDE_PX:
+        msg = f"{said}, which no scanner makes. To proceed: copy it again from the scanner."
+        raise SlideError(msg)
+    if max(width, height) > _LARGEST_UM:
+        msg = (
+            f"{said} of {pixel.x:g} x {pixel.y:g} micrometres according to {pixel.source}, which "
+            f"is {width / 1e3:,.0f} x {height / 1e3:,.0f} mm of glass. To proceed: give the true "
+            "micrometres per level-0 pixel with --mpp, or in an mpp column of the slide list."
+        )
+        raise ImplausiblePixelSizeError(msg)
 
 
 def _name(path: str) -> str:

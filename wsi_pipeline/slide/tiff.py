@@ -25,6 +25,7 @@ from wsi_pipeline.errors import SlideError
 from wsi_pipeline.slide.quiet import quiet
 from wsi_pipeline.slide.reader import NotTakenError, RasterLevel, TileError
 from wsi_pipeline.slide.resample import area_mean, ycc_to_rgb
+from wsi_pipeline.slide.streams import picture_size
 
 __all__ = ["TiffReader"]
 
@@ -35,8 +36,6 @@ _LOSSLESS = (1, 5, 8, 32946)
 """None, LZW, and the two numbers of deflate."""
 _RGB, _YCC = 2, 6
 _SOI = b"\xff\xd8"
-_DAMAGE = (ValueError, RuntimeError, OSError, IndexError, TypeError, KeyError, EOFError)
-"""What the decoders raise on damaged data."""
 
 Decoder = Callable[[bytes, int], NDArray[np.uint8]]
 """Compressed bytes and a scale (1, 2, 4, 8) to ``(h / scale, w / scale, 3)`` RGB."""
@@ -83,7 +82,6 @@ class TiffReader:
         """
         try:
             with quiet(), tifffile.TiffFile(path) as tif:
-                _require_whole(tif)
                 series = tif.series[0]
                 if series.axes != "YXS":
                     reason = f"its first image has axes {series.axes}, not one RGB picture"
@@ -96,7 +94,9 @@ class TiffReader:
                     other.name.lower(): (other.keyframe.imagewidth, other.keyframe.imagelength)
                     for other in tif.series[1:]
                 }
-        except _DAMAGE as error:
+        except (NotTakenError, MemoryError):
+            raise
+        except Exception as error:  # damaged bytes lead a parser into accidents of any kind
             raise NotTakenError(f"no whole TIFF directory ({error})", damaged=True) from error
         end = max(int((level.offsets + level.counts).max()) for level in levels)
         if end > size:
@@ -125,7 +125,9 @@ class TiffReader:
         scale = min(reduction, this.max_scale) if box.size == this.raster.tile_size else 1
         try:
             pixels = this.decode(data, scale)
-        except _DAMAGE as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
             if "memory" in str(error).lower():  # libjpeg's and zlib's: the tile is good
                 raise MemoryError(str(error)) from error
             raise TileError(str(error)) from error
@@ -141,17 +143,6 @@ class TiffReader:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _require_whole(tif: tifffile.TiffFile) -> None:
-    """Refuse a file whose chain of directories leads out of it."""
-    pages = len(tif.pages)  # follows the chain to its end
-    size = tif.tiff.offsetsize
-    tif.filehandle.seek(tif.pages.next_page_offset or 0)
-    pointer = int.from_bytes(tif.filehandle.read(size), "little" if tif.byteorder == "<" else "big")
-    if not pages or pointer:
-        reason = f"truncated: {pages} directories, the next one is not in the file"
-        raise NotTakenError(reason, damaged=True)
 
 
 def _parse_level(page: tifffile.TiffPage) -> _Level:
@@ -195,7 +186,8 @@ def _decoder(page: tifffile.TiffPage, compression: int, photometric: int) -> tup
     if compression == _JPEG:
         return _jpeg(page.jpegtables, photometric, page.tilewidth, page.tilelength), 8
     if compression in _JPEG2000:
-        return _jpeg2000(is_ycc=compression == _APERIO_JPEG2000_YCC), 1
+        is_ycc = compression == _APERIO_JPEG2000_YCC
+        return _jpeg2000(page.tilewidth, page.tilelength, is_ycc=is_ycc), 1
     return _lossless(page), 1
 
 
@@ -209,6 +201,7 @@ def _jpeg(tables: bytes | None, photometric: int, width: int, height: int) -> De
 
     def decode(data: bytes, scale: int) -> NDArray[np.uint8]:
         stream = prefix + data[_end_of_app_segments(data) :]
+        _require_size(_JPEG, stream, width, height)
         smallest = {"min_width": width // scale, "min_height": height // scale}
         try:
             pixels = simplejpeg.decode_jpeg(stream, min_factor=scale, **smallest)
@@ -236,12 +229,21 @@ def _end_of_app_segments(data: bytes) -> int:
     return at
 
 
-def _jpeg2000(*, is_ycc: bool) -> Decoder:
+def _jpeg2000(width: int, height: int, *, is_ycc: bool) -> Decoder:
     def decode(data: bytes, scale: int) -> NDArray[np.uint8]:
+        _require_size(_APERIO_JPEG2000_YCC, data, width, height)
         pixels: NDArray[np.uint8] = np.asarray(imagecodecs.jpeg2k_decode(data, numthreads=1))
         return ycc_to_rgb(pixels) if is_ycc else pixels
 
     return decode
+
+
+def _require_size(compression: int, data: bytes, width: int, height: int) -> None:
+    """Refuse a picture of another size than its tile: decoders allocate what it says."""
+    found = picture_size(compression, data)
+    if found != (width, height):
+        msg = f"a picture of {found[0]} x {found[1]} pixels"
+        raise ValueError(msg)
 
 
 def _lossless(page: tifffile.TiffPage) -> Decoder:
