@@ -16,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from wsi_pipeline import pipeline
+from wsi_pipeline.attempt import take_lease
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.engines import run_slides
 from wsi_pipeline.errors import OutOfMemoryError
@@ -540,6 +541,46 @@ def test_a_slide_of_another_process_comes_last_once_it_is_free(slide, tmp_path, 
     assert [r.status for r in reports] == ["done", "done"]
     assert [name for name, *_ in watcher.ended] == ["b", "a"]
     assert set(os.listdir(tmp_path / "logs")) == {"a.jsonl", "b.jsonl"}
+
+
+def test_what_another_process_has_just_done_is_not_done_again(slide, undisturbed, tmp_path):
+    """It ends between the first look at the report and the lease."""
+    out, taken = tmp_path / "out", []
+
+    def late(job):
+        if not taken:
+            taken.append(1)
+            shutil.copytree(undisturbed[0], out, dirs_exist_ok=True)
+        return take_lease(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wsi_pipeline.engines.here.take_lease", late)
+        watcher, predictor = Watcher(), StubPredictor()
+        assert go(slide, out, predictor, watcher).status == "done"
+    assert watcher.ended == [("a", "done", True)]
+    assert not predictor.seen
+    assert not list(out.rglob("*.lease"))
+    assert deaths(job(slide, out)) == 0
+
+
+def test_a_folder_that_is_gone_is_not_made_anew_by_the_next_slide(slide, tmp_path):
+    other, out = tmp_path / "b.svs", tmp_path / "out"
+    shutil.copy(slide, other)
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+
+    class Unmounting(Watcher):
+        def finish(self, job, report, *, skipped):
+            super().finish(job, report, skipped=skipped)
+            if job.slide_id == "a":
+                out.rename(tmp_path / "away")
+                out.mkdir()  # the mount point
+
+    jobs = [job(slide, out), job(other, out)]
+    reports = run_slides(jobs, StubPredictor(), watcher=Unmounting(), stop=lambda: False)
+    assert [r.status for r in reports] == ["done", "failed"]
+    assert "is gone" in reports[1].error["message"]
+    assert not list(out.iterdir())
 
 
 def test_who_lost_its_slide_publishes_nothing(slide, tmp_path):

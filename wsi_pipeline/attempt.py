@@ -37,7 +37,7 @@ from wsi_pipeline.job import (
 from wsi_pipeline.lease import Lease, slurm_job
 from wsi_pipeline.machine import peak_rss_mb, release_memory
 
-__all__ = ["Attempt", "record", "refuse"]
+__all__ = ["Attempt", "record", "refuse", "take_lease"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,15 @@ class Attempt:
         DiskFullError, OSError: the folder cannot be written.
     """
 
-    def __init__(self, job: SlideJob) -> None:
+    def __init__(self, job: SlideJob, lease: Lease | None = None) -> None:
+        """Begin.
+
+        Args:
+            job: what is tried.
+            lease: of the slide, if it is taken already.
+        """
         self.job = job
-        with disk_errors(job.lease_path):
-            self._lease = Lease.take(job.lease_path)
+        self._lease = lease or take_lease(job)
         self.stage_name = "open"
         self._outer: str | None = None
         self.predicted_px = 0
@@ -197,6 +202,17 @@ class Attempt:
     def release(self) -> None:
         """Let other processes at the slide."""
         self._lease.release()
+
+
+def take_lease(job: SlideJob) -> Lease:
+    """Take the lease of a slide.
+
+    Raises:
+        SlideBusyError: another process is at work on it.
+        DiskFullError, OSError: the folder cannot be written.
+    """
+    with disk_errors(job.lease_path):
+        return Lease.take(job.lease_path)
 
 
 def record(attempt: Attempt, work: Callable[[], None], *, last: bool) -> RunReport | None:

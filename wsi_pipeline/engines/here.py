@@ -10,10 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from wsi_pipeline.attempt import Attempt, record, refuse
+from wsi_pipeline.attempt import Attempt, record, refuse, take_lease
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
 from wsi_pipeline.errors import JobError, SlideBusyError, SlideError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
@@ -198,23 +199,32 @@ class _Run:
 
     def _begin(self, job: SlideJob) -> Attempt | None:
         self._require_folder(job)
-        settled = self._settled(job)
-        if settled is not None:
-            if not job.keep_maps:
-                remove_tree(job.maps_path)
-            self._finish(job, settled, skipped=True)
+        if self._passed_over(job):
             return None
         _require_slide(job)
-        attempt = Attempt(job)
-        self.watcher.start(job)
-        try:
+        with ExitStack() as stack:
+            lease = take_lease(job)
+            stack.callback(lease.release)
+            # Another process may have done it between the first look and the lease.
+            if self._passed_over(job):
+                return None
+            attempt = Attempt(job, lease)
+            self.watcher.start(job)
             # Only what was finished is thrown away: an interrupted --overwrite goes on.
             again = self.overwrite and self.only != "objects"
             _clear(job, maps=again and finished_report(job) is not None)
-        except BaseException:
-            attempt.release()
-            raise
+            stack.pop_all()
         return attempt
+
+    def _passed_over(self, job: SlideJob) -> bool:
+        """Whether nothing is left to be done on a slide; says so."""
+        settled = self._settled(job)
+        if settled is None:
+            return False
+        if not job.keep_maps:
+            remove_tree(job.maps_path)
+        self._finish(job, settled, skipped=True)
+        return True
 
     def _require_folder(self, job: SlideJob) -> None:
         """Write nothing where a results folder was and is no more, such as below a mount point."""
