@@ -563,7 +563,10 @@ def test_what_another_process_has_just_done_is_not_done_again(slide, undisturbed
     assert deaths(job(slide, out)) == 0
 
 
-def test_a_folder_that_is_gone_is_not_made_anew_by_the_next_slide(slide, tmp_path):
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_folder_that_is_gone_is_not_made_anew_by_the_next_slide(
+    slide, tmp_path, monkeypatch, comes_back
+):
     other, out = tmp_path / "b.svs", tmp_path / "out"
     shutil.copy(slide, other)
     out.mkdir()
@@ -576,11 +579,43 @@ def test_a_folder_that_is_gone_is_not_made_anew_by_the_next_slide(slide, tmp_pat
                 out.rename(tmp_path / "away")
                 out.mkdir()  # the mount point
 
+        def advance(self, job, stage, done, total):
+            if comes_back and stage == "waiting for the results folder":
+                out.rmdir()
+                (tmp_path / "away").rename(out)
+
+    monkeypatch.setattr("wsi_pipeline.engines.here.ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr("wsi_pipeline.engines.here.PATIENCE_S", 0.05)
     jobs = [job(slide, out), job(other, out)]
     reports = run_slides(jobs, StubPredictor(), watcher=Unmounting(), stop=lambda: False)
+    if comes_back:
+        assert [r.status for r in reports] == ["done", "done"]
+        return
     assert [r.status for r in reports] == ["done", "failed"]
     assert "is gone" in reports[1].error["message"]
     assert not list(out.iterdir())
+
+
+def test_slides_wait_for_their_folder(slide, tmp_path, monkeypatch):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in "ab":
+        shutil.copy(slide, folder / f"{name}.svs")
+
+    class Unmounting(Watcher):
+        def finish(self, job, report, *, skipped):
+            super().finish(job, report, skipped=skipped)
+            if job.slide_id == "a":
+                folder.rename(tmp_path / "away")
+
+        def advance(self, job, stage, done, total):
+            if stage == "waiting for the folder of slides":
+                (tmp_path / "away").rename(folder)
+
+    monkeypatch.setattr("wsi_pipeline.engines.here.ASK_AGAIN_S", 0.01)
+    jobs = [job(folder / f"{name}.svs", tmp_path / "out") for name in "ab"]
+    reports = run_slides(jobs, StubPredictor(), watcher=Unmounting(), stop=lambda: False)
+    assert [r.status for r in reports] == ["done", "done"]
 
 
 def test_who_lost_its_slide_publishes_nothing(slide, tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from wsi_pipeline.attempt import Attempt, record, refuse, take_lease
@@ -30,7 +31,9 @@ Only = Literal["maps", "objects"]
 MOST_DEATHS = 3
 """A slide at which the process was killed so often in a row is given up."""
 ASK_AGAIN_S = 1.0
-"""How often to look whether another process has done with a slide."""
+"""How often to look whether another process has done with a slide, or a folder is back."""
+PATIENCE_S = 120.0
+"""How long a run waits for folders that were there."""
 
 
 class Watcher(Protocol):
@@ -118,8 +121,10 @@ class _Run:
     fail_fast: bool
     reports: dict[str, RunReport] = field(default_factory=dict)
     busy: dict[SlideJob, SlideBusyError] = field(default_factory=dict)
-    recorded: bool | None = None
-    """Whether the results folder had a record of the run when the first slide was begun."""
+    seen: set[Path] = field(default_factory=set)
+    """Folders, and the record of the run, that were there when a slide was begun."""
+    patience_s: float = field(default_factory=lambda: PATIENCE_S)
+    """For how long they are waited for when they are gone, all times together."""
 
     @property
     def beside(self) -> bool:
@@ -198,7 +203,7 @@ class _Run:
         )
 
     def _begin(self, job: SlideJob) -> Attempt | None:
-        self._require_folder(job)
+        self._require_folders(job)
         if self._passed_over(job):
             return None
         _require_slide(job)
@@ -226,16 +231,34 @@ class _Run:
         self._finish(job, settled, skipped=True)
         return True
 
-    def _require_folder(self, job: SlideJob) -> None:
-        """Write nothing where a results folder was and is no more, such as below a mount point."""
-        recorded = (job.out / "run.json").exists()
-        if self.recorded and not recorded:
+    def _require_folders(self, job: SlideJob) -> None:
+        """Wait for folders that were there and are gone, as when a file server is away.
+
+        Else all slides that are left would fail within a second, and results would be written
+        below a mount point.
+
+        Raises:
+            JobError: the results folder does not come back.
+        """
+        record = job.out / "run.json"
+        self._wait_for(record, job, "the results folder")
+        if record in self.seen and not record.exists():
             msg = (
                 f"the results folder {job.out} is gone, or its run.json; when it is back, run the "
                 "same command again"
             )
             raise JobError(msg)
-        self.recorded = recorded
+        if "://" not in job.path:
+            self._wait_for(Path(job.path).parent, job, "the folder of slides")
+
+    def _wait_for(self, path: Path, job: SlideJob, what: str) -> None:
+        while not path.exists():
+            if path not in self.seen or self.patience_s <= 0 or self.stop():
+                return
+            self.watcher.advance(job, f"waiting for {what}", 0, 0)
+            time.sleep(ASK_AGAIN_S)
+            self.patience_s -= ASK_AGAIN_S
+        self.seen.add(path)
 
     def _settled(self, job: SlideJob) -> RunReport | None:
         """Return the report of a slide on which nothing is left to be done."""
