@@ -19,6 +19,7 @@ from pathlib import Path
 from wsi_pipeline.durable import FULL, disk_errors
 from wsi_pipeline.errors import (
     DiskFullError,
+    FolderGoneError,
     Interrupted,
     OutOfMemoryError,
     SlideBusyError,
@@ -113,11 +114,12 @@ class Attempt:
 
         Raises:
             SlideBusyError: one has, while this process gave no sign of life.
-            WsiPipelineError: the results folder is gone.
+            FolderGoneError: the results folder is.
         """
         if self.lost:
             if not self.job.lease_path.parent.is_dir():
-                raise WsiPipelineError(f"the results folder {self.job.out} is gone")
+                msg = f"the results folder {self.job.out} is gone; when it is back, run again"
+                raise FolderGoneError(msg)
             msg = (
                 "this process was stopped for so long that another has taken the slide over; "
                 "nothing of this try is kept"
@@ -192,7 +194,7 @@ class Attempt:
         except (OSError, WsiPipelineError) as problem:
             code, message = _explain(problem)
             message = f"the report could not be written: {redaction.text(message)}"
-            report.status = "failed"
+            report.status = "interrupted" if _is_of_others(problem) else "failed"
             report.error = error or {"code": code, "stage": "write", "message": message}
             logger.warning("%s: %s", self.job.slide_id, problem)
         self.log("end", status=report.status, error=report.error, seconds=report.seconds["total"])
@@ -234,8 +236,9 @@ def record(attempt: Attempt, work: Callable[[], None], *, last: bool) -> RunRepo
     except Exception as error:  # the slide boundary: everything becomes a report
         code, message = _explain(error)
         attempt.log("error", level="error", code=code, traceback=traceback.format_exc())
+        status: Status = "interrupted" if _is_of_others(error) else "failed"
         return attempt.close(
-            "failed", {"code": code, "stage": attempt.stage_name, "message": message}
+            status, {"code": code, "stage": attempt.stage_name, "message": message}
         )
     except BaseException:  # Ctrl-C in a notebook: no claim, but the slide is free again
         attempt.release()
@@ -249,9 +252,15 @@ def refuse(job: SlideJob, error: Exception) -> RunReport:
         slide_id=job.slide_id,
         path=job.redaction.text(job.path),
         job_id="",
+        status="interrupted" if _is_of_others(error) else "failed",
         error={"code": code, "stage": "begin", "message": job.redaction.text(message)},
         seconds=dict.fromkeys((*STAGES, "total"), 0.0),
     )
+
+
+def _is_of_others(error: Exception) -> bool:
+    """Whether neither the slide nor its job is to blame: the same command goes on."""
+    return isinstance(error, FolderGoneError | SlideBusyError)
 
 
 def _explain(error: Exception) -> tuple[str, str]:

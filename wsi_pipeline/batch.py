@@ -364,7 +364,7 @@ def _resolve(text: str, source: Path) -> str:
 
 def _entry(path: str) -> SlideEntry:
     name = path.rstrip("/").rsplit("/", 1)[-1] if "://" in path else Path(path).name
-    return SlideEntry(path=path, slide_id=Path(name).stem)
+    return SlideEntry(path=path, slide_id=Path(name).stem.strip())
 
 
 def _with_masks(entries: Sequence[SlideEntry], mask_dir: Path) -> list[SlideEntry]:

@@ -19,6 +19,7 @@ from wsi_pipeline.command import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     arithmetic_options,
+    deaf,
     exit_if_interrupted,
     log_to_stderr,
     plain_errors,
@@ -206,9 +207,14 @@ def run(
                 watcher.close()
         if not json_lines:
             _print_end(reports, plan)
-    exit_if_interrupted(caught)
+    left = len(reports) < len(plan.jobs) or any(
+        report.status == "interrupted" and not report.left for report in reports
+    )
+    if left:
+        # A signal that comes when all is done changes nothing.
+        exit_if_interrupted(caught)
     if any(report.status == "interrupted" and not report.left for report in reports):
-        raise SystemExit(EXIT_INTERRUPTED)  # the scheduler went and did not come back
+        raise SystemExit(EXIT_INTERRUPTED)  # a folder or a scheduler went and did not come back
     if any(not report.as_asked for report in reports):
         raise SystemExit(EXIT_FAILED)
 
@@ -335,9 +341,15 @@ def _list_plan(plan: Plan, shard: str | None, *, json_lines: bool) -> None:
 
 def main_run(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``wsi-run``."""
-    run.main(args=None if arguments is None else list(arguments), prog_name="wsi-run")
+    try:
+        run.main(args=None if arguments is None else list(arguments), prog_name="wsi-run")
+    finally:
+        deaf()
 
 
 def main_wsi(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``wsi``."""
-    wsi.main(args=None if arguments is None else list(arguments), prog_name="wsi")
+    try:
+        wsi.main(args=None if arguments is None else list(arguments), prog_name="wsi")
+    finally:
+        deaf()

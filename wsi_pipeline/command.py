@@ -23,6 +23,7 @@ __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_USAGE",
     "arithmetic_options",
+    "deaf",
     "exit_if_interrupted",
     "log_to_stderr",
     "plain_errors",
@@ -152,6 +153,12 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def deaf() -> None:
+    """Heed no request to stop any more: the process ends, and its exit code is decided on."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def exit_if_interrupted(caught: Sequence[int]) -> None:

@@ -122,9 +122,10 @@ def status_document(cohort: Cohort, pace: Pace) -> dict[str, Any]:
 
 def _pace_lines(pace: Pace) -> Iterator[str]:
     if pace.slides_per_h is not None and pace.mm2_per_h is not None:
+        lately = pace.slides_per_h_lately or 0, pace.mm2_per_h_lately or 0
         yield (
-            f"pace: {pace.slides_per_h:.3g} slides/h, {pace.mm2_per_h:.3g} mm2/h; in the last hour "
-            f"{pace.slides_per_h_lately or 0:.3g} slides/h, {pace.mm2_per_h_lately or 0:.3g} mm2/h"
+            f"pace: {pace.slides_per_h:,.4g} slides/h, {pace.mm2_per_h:,.4g} mm2/h; "
+            f"in the last hour {lately[0]:,.4g} slides/h, {lately[1]:,.4g} mm2/h"
         )
     if pace.device_busy is not None:
         yield f"devices: busy {pace.device_busy:.0%} of the time in which slides were in work"

@@ -13,6 +13,7 @@
     │   ├── OutOfMemoryError            out_of_memory
     │   └── DiskFullError               disk_full
     ├── StoreError                      internal
+    │   └── FolderGoneError             internal (the same command goes on when it is back)
     ├── TableError                      internal
     ├── DatasetError                    internal (annotated images: nothing was trained on them)
     ├── RecipeError                     internal (what to train makes no sense)
@@ -28,6 +29,7 @@ from __future__ import annotations
 __all__ = [
     "DatasetError",
     "DiskFullError",
+    "FolderGoneError",
     "ImplausiblePixelSizeError",
     "Interrupted",
     "JobError",
@@ -107,6 +109,10 @@ class DiskFullError(ResourceError):
 
 class StoreError(WsiPipelineError):
     """A store of prediction maps is missing, unfinished, or belongs to another job."""
+
+
+class FolderGoneError(StoreError):
+    """The results folder, or a store in it, was there and is no more: not the slide's fault."""
 
 
 class TableError(WsiPipelineError):

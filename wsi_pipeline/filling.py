@@ -126,6 +126,7 @@ def fill_store(
     predictor: Predictor,
     stop: Callable[[], bool],
     wrote: Callable[[Tile], None],
+    allowed: Callable[[], None] = lambda: None,
     warn: Callable[[str, str], None],
 ) -> Generator[Tile, None, None]:
     """Predict the missing tiles and write their blocks.
@@ -137,6 +138,7 @@ def fill_store(
         tissue: beyond it, maps are blank.
         predictor: the network.
         stop: asked by the predictor before each batch.
+        allowed: called before a block is written; raises if this process must not write any more.
         wrote: told of every block that is written, from the thread that wrote it.
         warn: told by the predictor what the user should know.
 
@@ -150,6 +152,7 @@ def fill_store(
     """
 
     def write(block: PredictionBlock) -> None:
+        allowed()
         readable = 1 - slide.unreadable_share(store.grid, block.tile.write)
         store.write(_clip(block, store.grid, tissue, predictor.spec), readable=readable)
         wrote(block.tile)

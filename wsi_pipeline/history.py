@@ -87,13 +87,12 @@ def append_event(path: Path, event: Mapping[str, Any]) -> None:
     A torn line costs itself alone: the next one begins on a line of its own.
 
     Args:
-        path: the log; its folder is made.
+        path: the log, in a folder that is there.
         event: the content of the line; long texts in it lose their beginning.
 
     Raises:
         OSError: the log cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if _size(path) >= ROTATED_BYTES:
         _rotate(path)
     # Not through a link, which could lead to any file.

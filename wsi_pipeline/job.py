@@ -108,10 +108,11 @@ class SlideJob:
         """There while a process is at work on the slide."""
         return self.out / "logs" / f"{self.slide_id}.lease"
 
-    @property
-    def is_missing(self) -> bool:
-        """Whether the slide is a file that cannot be read here."""
-        return _slide_content(self.path)[0] == _MISSING
+    def missing_input(self) -> str | None:
+        """Return the slide or the mask if it is a file that cannot be read here."""
+        if _slide_content(self.path)[0] == _MISSING:
+            return self.path
+        return str(self.mask) if _mask_content(self.mask)[0] == _MISSING else None
 
     @cached_property
     def job_id(self) -> str:
@@ -233,20 +234,19 @@ def _is_sound(report: RunReport) -> bool:
 def finished_report(job: SlideJob) -> RunReport | None:
     """Return the report of a job that is done, or None if there is still work.
 
-    Files must have the size the report lists; of the maps' folder only the presence is
-    checked, because it holds thousands of files.
+    Files must have the size the report lists. Maps that were dropped, or removed since, are no
+    work that is left: what was to be made of them is there.
     """
     report = read_report(job.report_path)
     if report is None or not report.done or report.job_id != job.job_id:
         return None
     maps = job.maps_path.relative_to(job.out).as_posix()
-    if job.keep_maps and maps not in report.outputs:
-        return None
     for name, facts in report.outputs.items():
-        if name == maps and not job.keep_maps:
-            continue
         path = job.out / name
-        if not path.exists() or (path.is_file() and path.stat().st_size != facts.get("bytes")):
+        try:
+            if name != maps and path.stat().st_size != facts.get("bytes"):
+                return None
+        except OSError:
             return None
     return report
 
@@ -303,6 +303,9 @@ def _slide_content(path: str) -> _Content:
 
 
 def _mask_content(path: Path | None) -> _Content:
-    if path is None or not path.is_file():
+    if path is None:
         return None, 0
-    return file_digest(path), path.stat().st_mtime_ns
+    try:
+        return file_digest(path), path.stat().st_mtime_ns
+    except OSError:
+        return _MISSING, 0

@@ -99,13 +99,13 @@ class Lease:
         """Take a lease that is free, or whose holder is dead.
 
         Args:
-            path: the lease's file; its folder is made.
+            path: the lease's file; its folder is made, but not the one around it.
 
         Raises:
             SlideBusyError: another process is at work.
             OSError: the folder cannot be written.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         while True:
             try:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
@@ -234,8 +234,10 @@ def _holder(descriptor: int) -> Holder:
 def _is_at(path: Path, inode: int) -> bool:
     try:
         return path.stat().st_ino == inode
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:  # a file server that does not answer has not given the slide away
+        return True
 
 
 def _own_facts() -> dict[str, Any]:

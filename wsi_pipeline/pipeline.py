@@ -120,6 +120,7 @@ def predict(
             tissue=tissue,
             predictor=predictor,
             stop=stop,
+            allowed=attempt.require_ours,
             wrote=maps.arrived,
             warn=attempt.warn,
         )

@@ -79,8 +79,10 @@ class Redaction:
         """Return a text without folders; of a URL, the name alone is left."""
         if not self.folders:
             return text
+        # Of an address nothing stays but its last name: not the key that signs it, either.
+        text = _URL.sub(r"\1", text)
         text = self._known.sub(lambda match: "" if match[0].endswith("/") else FOLDER, text)
-        return _ANY_FOLDERS.sub("", _URL.sub(r"\1", text))
+        return _ANY_FOLDERS.sub("", text)
 
     def value(self, value: Any) -> Any:  # noqa: ANN401 - any JSON value
         """Return a JSON value whose texts hold no folders."""

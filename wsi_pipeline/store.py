@@ -39,7 +39,7 @@ from wsi_pipeline.durable import (
     remove_tree,
     sync,
 )
-from wsi_pipeline.errors import StoreError
+from wsi_pipeline.errors import FolderGoneError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.ome import check_chunk, multiscale, ome_attributes
 from wsi_pipeline.pyramid import Pyramid
@@ -214,7 +214,7 @@ class PredictionStore:
             for key, pixels in block.arrays.items():
                 box = block.tile.write.coarsen(self._maps[key].stride)
                 self._write_chunks(key, box, pixels)
-                self._sync_chunks(key, box)
+                self._sync_chunks(key, box, pixels)
             row = block.tile.row
             with self._marking:
                 self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
@@ -242,18 +242,29 @@ class PredictionStore:
             raise StoreError(msg)
         array[(..., *box.slices)] = pixels
 
-    def _sync_chunks(self, key: str, box: Box) -> None:
-        """Flush the chunks of a box to the disk: a block that is marked outlives a power cut."""
+    def _sync_chunks(self, key: str, box: Box, pixels: Pixels) -> None:
+        """Flush the chunks of a box to the disk: a block that is marked outlives a power cut.
+
+        Raises:
+            FolderGoneError: they are not there; they were written to another folder of the name.
+        """
         array = self._arrays[key]
         high, wide = array.chunks[-2:]
         folder = self.path.joinpath(key, "c", *["0"] * (array.ndim - 2))
         for row in range(box.y // high, -(-box.y1 // high)):
             for column in range(box.x // wide, -(-box.x1 // wide)):
-                chunk = folder / str(row) / str(column)
-                if chunk.exists():  # one of zeros has no file
-                    sync(chunk)
-            if (folder / str(row)).exists():
-                sync(folder / str(row))
+                place = Box(x=column * wide, y=row * high, width=wide, height=high)
+                inside = place.intersect(box).relative_to(box).slices
+                if pixels[(..., *inside)].any():  # a chunk of zeros has no file
+                    self._sync(folder / str(row) / str(column))
+                    self._sync(folder / str(row))
+
+    def _sync(self, path: Path) -> None:
+        try:
+            sync(path)
+        except FileNotFoundError:
+            self.require_there()
+            raise FolderGoneError(f"{path} was written and is gone") from None
 
     def read(self, key: str, box: Box) -> Pixels:
         """Read a window of a map.
@@ -312,14 +323,14 @@ class PredictionStore:
         What is written to a lost folder would make another one in its place.
 
         Raises:
-            StoreError: it has.
+            FolderGoneError: it has.
         """
         if not (self.path / "zarr.json").is_file():
             msg = (
                 f"{self.path} is gone: was the results folder moved, or its disk unmounted? "
                 "Bring it back and run the same command again: finished blocks are kept."
             )
-            raise StoreError(msg)
+            raise FolderGoneError(msg)
 
     def stored_chunks(self) -> Iterator[Pixels]:
         """Yield every chunk of the maps and their pyramids that takes a file, decoded."""

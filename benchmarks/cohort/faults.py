@@ -103,9 +103,12 @@ class Faults(threading.Thread):
         """Return the processes of wsi-run that jobs have started."""
         found = []
         for process in psutil.process_iter(["cmdline", "environ"]):
-            words = process.info["cmdline"] or []
-            job = (process.info["environ"] or {}).get("SLURM_ARRAY_JOB_ID")
-            if job and len(words) > 1 and words[1].endswith("wsi-run") and "python" in words[0]:
+            words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+            # Others may run jobs of their own on this machine.
+            if environment.get("SLURM_CONF") != str(self._cluster.conf):
+                continue
+            runs = len(words) > 1 and words[1].endswith("wsi-run") and "python" in words[0]
+            if runs and "SLURM_ARRAY_JOB_ID" in environment:
                 found.append(process)
         return found
 

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 from wsi_pipeline.attempt import Attempt, record, refuse, take_lease
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
-from wsi_pipeline.errors import JobError, SlideBusyError, SlideError, WsiPipelineError
+from wsi_pipeline.errors import FolderGoneError, SlideBusyError, SlideError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
@@ -216,6 +216,7 @@ class _Run:
             attempt = Attempt(job, lease)
             self.watcher.start(job)
             # Only what was finished is thrown away: an interrupted --overwrite goes on.
+            attempt.require_ours()
             again = self.overwrite and self.only != "objects"
             _clear(job, maps=again and finished_report(job) is not None)
             stack.pop_all()
@@ -238,8 +239,11 @@ class _Run:
         below a mount point.
 
         Raises:
-            JobError: the results folder does not come back.
+            FolderGoneError: the results folder does not come back.
         """
+        if job.out not in self.seen:
+            job.out.mkdir(parents=True, exist_ok=True)
+            self.seen.add(job.out)
         record = job.out / "run.json"
         self._wait_for(record, job, "the results folder")
         if record in self.seen and not record.exists():
@@ -247,7 +251,7 @@ class _Run:
                 f"the results folder {job.out} is gone, or its run.json; when it is back, run the "
                 "same command again"
             )
-            raise JobError(msg)
+            raise FolderGoneError(msg)
         if "://" not in job.path:
             self._wait_for(Path(job.path).parent, job, "the folder of slides")
 
@@ -326,12 +330,13 @@ def _require_slide(job: SlideJob) -> None:
     A disk may not be mounted, or the slide was removed to make room.
 
     Raises:
-        SlideError: the slide is done, and its file is not there.
+        SlideError: the slide is done, and its file or its mask is not there.
     """
     report = read_report(job.report_path)
-    if report is not None and report.done and job.is_missing:
+    missing = job.missing_input()
+    if report is not None and report.done and missing is not None:
         msg = (
-            f"{job.path} is not there or cannot be read, so it cannot be told whether it is still "
+            f"{missing} is not there or cannot be read, so it cannot be told whether it is still "
             "the slide whose results are in the folder; they stay as they are. Bring it back, or "
             "leave it out."
         )
