@@ -118,7 +118,9 @@ def test_a_slide_that_changes_while_it_is_read_fails(slides, slide, tmp_path, ch
     assert report.status == "failed"
     assert report.error["code"] == "unreadable_slide"
     assert "changed while it was read" in report.error["message"]
-    assert files(out) == {}, "neither tables nor blocks of two contents"
+    assert not list(out.glob("objects/*")), "no table"
+    if change is not remove:  # what is out of reach may come back as it was
+        assert files(out) == {}, "nor blocks of two contents"
 
 
 def test_the_next_run_is_about_the_new_content(slides, slide, tmp_path):
@@ -185,7 +187,9 @@ def test_what_happens_to_a_slide_after_it_was_read_does_not_matter(slides, slide
 
 
 @pytest.mark.parametrize("leaves", ["nothing", "an empty folder"])
-def test_a_results_folder_that_vanishes_fails_the_slide_and_may_come_back(slide, tmp_path, leaves):
+def test_a_results_folder_that_vanishes_interrupts_the_slide_and_may_come_back(
+    slide, tmp_path, leaves
+):
     """As where a network disk is lost: its mount point is then an empty folder."""
     out, gone = tmp_path / "out", tmp_path / "gone"
 
@@ -195,7 +199,8 @@ def test_a_results_folder_that_vanishes_fails_the_slide_and_may_come_back(slide,
             out.mkdir()
 
     report = go(slide, out, Meddler(vanish, at=4))
-    assert (report.status, report.error["code"]) == ("failed", "internal")
+    # Not the slide's fault: the command ends with "call again".
+    assert (report.status, report.error["code"]) == ("interrupted", "internal")
     assert "is gone" in report.error["message"]
     made = {path.name for path in out.rglob("*")} if out.exists() else set()
     assert not made & {"logs", "reports", "objects", "a.zarr"}, "another folder in its place"
@@ -219,6 +224,6 @@ def test_maps_that_vanish_before_they_are_read_make_no_empty_table(slide, tmp_pa
     watcher.advance = vanish
     job = SlideJob(path=str(slide), slide_id="a", out=out, model_name="", model_digest="0" * 64)
     (report,) = run_slides([job], StandIn(), watcher=watcher, stop=lambda: False)
-    assert report.status == "failed"
+    assert report.status == "interrupted"
     assert "is gone" in report.error["message"]
     assert not (out / "objects" / "a.parquet").exists()

@@ -17,6 +17,7 @@ from wsi_pipeline.job import SlideJob
 def job(tmp_path):
     slide = tmp_path / "a.svs"
     slide.write_bytes(b"a slide")
+    (tmp_path / "out" / "logs").mkdir(parents=True)
     return SlideJob(
         path=str(slide), slide_id="a", out=tmp_path / "out", model_name="m", model_digest="0"
     )
@@ -116,7 +117,7 @@ def test_logrotate_may_rename_or_truncate_in_the_middle(job):
 
 
 def test_lines_of_many_processes_do_not_mix(tmp_path):
-    path = tmp_path / "logs" / "a.jsonl"
+    path = tmp_path / "a.jsonl"
     code = (
         "import sys; from pathlib import Path; from wsi_pipeline.history import append_event\n"
         "for n in range(100): append_event(Path(sys.argv[1]), {'n': n, 'text': sys.argv[2] * 2000})"

@@ -15,6 +15,7 @@ from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
 def job(tmp_path):
     slide = tmp_path / "a.svs"
     slide.write_bytes(b"pixels" * 50_000)
+    (tmp_path / "out").mkdir()
     return SlideJob(
         path=str(slide),
         slide_id="a",
@@ -139,17 +140,24 @@ def test_a_torn_log_line_does_not_end_the_count(job):
     assert Attempt(job).report.restarts == 2
 
 
-def test_maps_count_only_where_they_are_wanted(job):
-    report = record(Attempt(job), lambda: None, last=True)
-    assert finished_report(job) == report
-    assert finished_report(changed(job, keep_maps=True)) is None
+def test_maps_that_went_later_are_no_work_that_is_left(job):
     job.maps_path.mkdir(parents=True)
     attempt = Attempt(job)
     record(attempt, lambda: attempt.add_output(job.maps_path), last=True)
     assert finished_report(changed(job, keep_maps=True)) is not None
     job.maps_path.rmdir()
-    assert finished_report(changed(job, keep_maps=True)) is None
+    assert finished_report(changed(job, keep_maps=True)) is not None
     assert finished_report(job) is not None
+
+
+def test_a_mask_that_is_missing_is_not_no_mask(job, tmp_path):
+    report = record(Attempt(job), lambda: None, last=True)
+    assert finished_report(job) == report
+    masked = changed(job, mask=tmp_path / "absent.png")
+    assert finished_report(masked) is None
+    assert (job.missing_input(), masked.missing_input()) == (None, str(tmp_path / "absent.png"))
+    (tmp_path / "a.svs").unlink()
+    assert job.missing_input() == str(tmp_path / "a.svs")
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(job):

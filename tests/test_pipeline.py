@@ -297,14 +297,35 @@ def test_an_interrupted_overwrite_goes_on(slide, undisturbed, tmp_path):
     assert not set(first.seen) & set(second.seen)
 
 
-def test_maps_that_were_dropped_come_back_when_wanted(slide, tmp_path):
+def test_maps_that_were_dropped_are_no_work_that_is_left(slide, tmp_path):
     go(slide, tmp_path, keep_maps=False)
-    assert go(slide, tmp_path).status == "done"
+    watcher = Watcher()
+    assert go(slide, tmp_path, watcher=watcher).status == "done"
+    assert go(slide, tmp_path, watcher=watcher, only="objects").status == "done"
+    assert watcher.ended == [("a", "done", True)] * 2
+    assert (tmp_path / "objects" / "a.parquet").exists()
+    assert go(slide, tmp_path, overwrite=True).status == "done"  # for who wants them back
     assert (tmp_path / "maps" / "a.zarr").is_dir()
     watcher = Watcher()
     go(slide, tmp_path, watcher=watcher, keep_maps=False)
     assert watcher.ended == [("a", "done", True)]
     assert not (tmp_path / "maps" / "a.zarr").exists()
+
+
+def test_done_tables_outlive_a_mask_that_is_out_of_reach(slide, tmp_path):
+    mask = tmp_path / "a.png"
+    Image.fromarray(np.full((13, 15), 255, np.uint8)).save(mask)
+    out = tmp_path / "out"
+    assert go(slide, out, mask=mask).status == "done"
+    mask.rename(tmp_path / "away.png")
+    report = go(slide, out, mask=mask)
+    assert report.status == "failed"
+    assert "a.png is not there" in report.error["message"]
+    assert (out / "objects" / "a.parquet").exists()
+    (tmp_path / "away.png").rename(mask)
+    watcher = Watcher()
+    go(slide, out, watcher=watcher, mask=mask)
+    assert watcher.ended == [("a", "done", True)]
 
 
 @pytest.mark.parametrize("damage", ["blocks/c/0/0", "zarr.json", "cells/zarr.json"])
@@ -591,7 +612,7 @@ def test_a_folder_that_is_gone_is_not_made_anew_by_the_next_slide(
     if comes_back:
         assert [r.status for r in reports] == ["done", "done"]
         return
-    assert [r.status for r in reports] == ["done", "failed"]
+    assert [r.status for r in reports] == ["done", "interrupted"]
     assert "is gone" in reports[1].error["message"]
     assert not list(out.iterdir())
 
@@ -629,7 +650,7 @@ def test_who_lost_its_slide_publishes_nothing(slide, tmp_path):
                 (tmp_path / "logs" / "a.lease").write_text("{}")
 
     report = go(slide, tmp_path, Slow())
-    assert report.status == "failed"
+    assert report.status == "interrupted"
     assert "another has taken the slide over" in report.error["message"]
     assert not (tmp_path / "reports" / "a.json").exists()
     assert not (tmp_path / "objects" / "a.parquet").exists()
