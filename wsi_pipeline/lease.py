@@ -32,6 +32,7 @@ import psutil
 
 from wsi_pipeline.durable import filesystem_time
 from wsi_pipeline.errors import SlideBusyError
+from wsi_pipeline.machine import pause
 
 __all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "alone", "read_holder", "slurm_job"]
 
@@ -175,7 +176,7 @@ def alone(path: Path) -> Iterator[None]:
         except SlideBusyError:
             if time.monotonic() > patience:
                 raise
-            time.sleep(0.05)
+            pause(0.05)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ __all__ = [
     "available_cpus",
     "keep_freed_memory",
     "memory_limit",
+    "pause",
     "peak_rss_mb",
     "release_memory",
     "total_memory",
@@ -88,6 +90,14 @@ def memory_limit(proc: Path = Path("/proc"), control: Path = Path("/sys/fs/cgrou
             with suppress(OSError, ValueError):  # not there, or "max"
                 limits.append(int((top / folder / name).read_text()))
     return min(limits)
+
+
+def pause(seconds: float) -> None:
+    """Wait, by a clock that nobody sets.
+
+    ``time.sleep`` asks the system for a moment, which fails where clocks are set or pretended.
+    """
+    threading.Event().wait(seconds)
 
 
 def release_memory() -> None:

@@ -6,7 +6,6 @@ are made, and finishes its tables while the next slide is predicted.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
 from wsi_pipeline.lease import slurm_job
+from wsi_pipeline.machine import pause
 from wsi_pipeline.pipeline import Predicted, polygonize, predict, reopen
 
 __all__ = ["Only", "Watcher", "run_slides"]
@@ -146,7 +146,7 @@ class _Run:
                 return
             yield job
         while self.busy and not self.enough():
-            time.sleep(ASK_AGAIN_S)
+            pause(ASK_AGAIN_S)
             for job in list(self.busy):
                 if self.enough():
                     break
@@ -260,7 +260,7 @@ class _Run:
             if path not in self.seen or self.patience_s <= 0 or self.stop():
                 return
             self.watcher.advance(job, f"waiting for {what}", 0, 0)
-            time.sleep(ASK_AGAIN_S)
+            pause(ASK_AGAIN_S)
             self.patience_s -= ASK_AGAIN_S
         self.seen.add(path)
 
