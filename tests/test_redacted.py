@@ -170,7 +170,7 @@ def test_redacted_maps(tmp_path):
     tiles = TileGrid.cover(grid, tile_px=64, halo_px=16)
     path = tmp_path / f"{SECRET}.zarr"
     PredictionStore.create(
-        path, spec=spec, tiles=tiles, pixel_size=(0.25, 0.25), identity=SECRET
+        path, spec=spec, tiles=tiles, pixel_size=(0.25, 0.25), made={"job": SECRET}
     ).seal()
     output = info(path, "--redact").output
     assert SECRET in info(path).output

@@ -28,7 +28,7 @@ from test_store import fill, make
 from wsi_pipeline.batch import collect_slides, read_run
 from wsi_pipeline.bundle import import_cerberus, open_bundle, save_bundle
 from wsi_pipeline.checkpoint import load_pickled, read_torchvision
-from wsi_pipeline.describe import slide_states
+from wsi_pipeline.cohort import slide_states
 from wsi_pipeline.errors import (
     DatasetError,
     JobError,

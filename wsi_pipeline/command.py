@@ -111,7 +111,7 @@ def plain_errors(
             click.echo(redaction.text(traceback.format_exc()), err=True)
         else:
             raise
-        raise SystemExit(EXIT_USAGE if ours else EXIT_FAILED) from error
+        raise SystemExit(EXIT_USAGE if ours or redact else EXIT_FAILED) from error
     finally:
         if redact:
             logging.disable(logging.NOTSET)

@@ -490,7 +490,7 @@ def _maps() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.zarr"
         store = PredictionStore.create(path, spec=spec, tiles=tiles, pixel_size=(0.25, 0.25),
-                                       identity="job")  # fmt: skip
+                                       made={"job": "job"})  # fmt: skip
         for tile in tiles.tiles:
             arrays = {}
             for key, head in spec.maps.items():

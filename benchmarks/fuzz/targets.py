@@ -22,7 +22,8 @@ from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.batch import collect_slides, read_run
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.checkpoint import load_pickled, read_cerberus, read_torchvision
-from wsi_pipeline.describe import describe_file, slide_states
+from wsi_pipeline.cohort import slide_states
+from wsi_pipeline.describe import describe_file
 from wsi_pipeline.errors import ModelBundleError
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.job import SlideJob, finished_report, read_report

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -227,6 +227,9 @@ class _Run:
         settled = self._settled(job)
         if settled is None:
             return False
+        if job.lease_path.exists():  # of a process that was killed after its last word
+            with suppress(SlideBusyError, OSError):
+                take_lease(job).release()
         if not job.keep_maps:
             remove_tree(job.maps_path)
         self._finish(job, settled, skipped=True)
