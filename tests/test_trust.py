@@ -116,13 +116,6 @@ def test_no_module_unpickles_or_unpacks():
     assert len(list(PACKAGE.rglob("*.py"))) > 150
 
 
-def test_checkpoints_use_pickle_for_the_name_of_its_error():
-    tree = ast.parse((PACKAGE / "checkpoint.py").read_text())
-    used = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
-            and isinstance(n.value, ast.Name) and n.value.id == "pickle"]  # fmt: skip
-    assert used == ["UnpicklingError"]
-
-
 @pytest.mark.parametrize(
     "source",
     [
@@ -339,9 +332,9 @@ def test_older_zarr_with_a_codec_that_unpickles_is_not_opened(tmp_path, maps, mo
          "another way"),
         (lambda m: m.update(chunk_key_encoding={"name": "default",
                                                 "configuration": {"separator": "/../../"}}), None),
-        (lambda m: m.update(shape=[2, 1 << 40, 1 << 40]), "has the shape"),
+        (lambda m: m.update(shape=[2, 1 << 40, 1 << 40]), "is (2, 1099511627776, 1099511627776)"),
         (lambda m: m["chunk_grid"]["configuration"].update(chunk_shape=[2, 1 << 20, 1 << 20]),
-         "more than 256 MiB"),
+         "in chunks of (2, 1048576, 1048576)"),
         (lambda m: m.update(data_type="float64"), "holds float64"),
         (lambda m: m.update(data_type="string"), None),
         (lambda m: m.update(data_type="variable_length_bytes", fill_value=""), None),
@@ -575,7 +568,7 @@ def contents(out):
                 found[name] = (np.asarray(image).tobytes(), dict(image.info))
         elif path.name == "zarr.json":
             found[name] = "".join(
-                part for part in path.read_text().splitlines() if "identity" not in part
+                part for part in path.read_text().splitlines() if '"job"' not in part
             )
         elif path.suffix not in (".json", ".jsonl"):
             found[name] = path.read_bytes()
