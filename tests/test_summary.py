@@ -15,6 +15,7 @@ from cohort_fixtures import MODEL, begin, job, lease, report
 
 from wsi_pipeline.cli import wsi
 from wsi_pipeline.cohort import read_cohort
+from wsi_pipeline.lease import Lease
 from wsi_pipeline.summary import SUMMARY_SCHEMA, summary_table, write_summary
 
 WHY = {"code": "missing_mpp", "stage": "open", "message": "say it, with 'commas', \"quotes\""}
@@ -144,3 +145,16 @@ def test_the_command_names_what_is_not_done_failed_slides_last(out):
     assert result.exit_code == 1
     assert "SHA-256" in result.output
     assert CliRunner().invoke(wsi, ["summary", str(out / "logs")]).exit_code == 2
+
+
+def test_a_dead_lease_of_a_done_slide_goes(out):
+    for name in "ab":
+        report(out, name)
+    dead = lease(out, "a", age_s=10_000)
+    alive = Lease.take(job(out, "b").lease_path)
+    try:
+        write_summary(read_cohort(out))
+        assert not dead.exists()
+        assert job(out, "b").lease_path.exists()
+    finally:
+        alive.release()

@@ -34,7 +34,16 @@ from wsi_pipeline.durable import filesystem_time
 from wsi_pipeline.errors import SlideBusyError
 from wsi_pipeline.machine import pause
 
-__all__ = ["DEAD_AFTER_S", "HEARTBEAT_S", "Holder", "Lease", "alone", "read_holder", "slurm_job"]
+__all__ = [
+    "DEAD_AFTER_S",
+    "HEARTBEAT_S",
+    "Holder",
+    "Lease",
+    "alone",
+    "read_holder",
+    "remove_if_dead",
+    "slurm_job",
+]
 
 HEARTBEAT_S = 10.0
 """How often a lease is written anew."""
@@ -111,7 +120,7 @@ class Lease:
             try:
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
             except FileExistsError:
-                _remove_if_dead(path)
+                remove_if_dead(path)
                 continue
             try:
                 return cls(path, descriptor)
@@ -195,7 +204,7 @@ def read_holder(path: Path) -> Holder | None:
         os.close(descriptor)
 
 
-def _remove_if_dead(path: Path) -> None:
+def remove_if_dead(path: Path) -> None:
     """Take the lease of a dead process away; of several who try at once, one does.
 
     Raises:

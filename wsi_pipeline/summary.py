@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 
 from wsi_pipeline.cohort import Cohort, SlideState
 from wsi_pipeline.durable import durable_file, sweep_shared
+from wsi_pipeline.errors import SlideBusyError
 from wsi_pipeline.job import STAGES, RunReport
+from wsi_pipeline.lease import remove_if_dead
 
 __all__ = ["KINDS", "SUMMARY_SCHEMA", "summary_table", "write_summary"]
 
@@ -89,6 +91,11 @@ def write_summary(cohort: Cohort) -> tuple[Path, Path]:
     files = cohort.folder / "summary.parquet", cohort.folder / "summary.csv"
     for path, content in zip(files, (sink.getvalue(), text.getvalue().encode()), strict=True):
         _replace(path, content)
+    # Killed after its last word, a process leaves the lease of a slide that nobody begins again.
+    for own in cohort.states:
+        if own.state == "done":
+            with suppress(SlideBusyError, OSError):
+                remove_if_dead(cohort.folder / "logs" / f"{own.slide_id}.lease")
     # What belongs to no slide, nobody else would sweep up.
     for path in (*files, *(cohort.folder / name for name in ("run.json", "clock", "logs/clock"))):
         sweep_shared(path)
