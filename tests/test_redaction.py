@@ -170,3 +170,10 @@ def test_without_being_asked_the_paths_are_there(secret):
     assert invoke(secret / "slides" / "noise.svs", "--out", out).exit_code == 1
     for name in ("run.json", "logs/noise.jsonl", "reports/noise.json", "summary.csv"):
         assert traces((out / name).read_bytes()), name
+
+
+def test_of_a_signed_address_that_is_named_the_key_goes_too():
+    address = "https://user:secret@example.org/patient/x.svs?sig=secret"
+    redaction = Redaction.of(files=[address], folders=[])
+    assert redaction.text(f"{address} cannot be read") == "x.svs cannot be read"
+    assert redaction.value({"path": address}) == {"path": "x.svs"}

@@ -80,9 +80,10 @@ class Redaction:
         if not self.folders:
             return text
         # Of an address nothing stays but its last name: not the key that signs it, either.
-        text = _URL.sub(r"\1", text)
+        if self._addresses is not None:
+            text = self._addresses.sub(r"\1", text)
         text = self._known.sub(lambda match: "" if match[0].endswith("/") else FOLDER, text)
-        return _ANY_FOLDERS.sub("", text)
+        return _ANY_FOLDERS.sub("", _URL.sub(r"\1", text))
 
     def value(self, value: Any) -> Any:  # noqa: ANN401 - any JSON value
         """Return a JSON value whose texts hold no folders."""
@@ -95,6 +96,15 @@ class Redaction:
         if isinstance(value, list | tuple):
             return [self.value(part) for part in value]
         return value
+
+    @cached_property
+    def _addresses(self) -> re.Pattern[str] | None:
+        longest_first = sorted(self.folders, key=len, reverse=True)
+        known = [re.escape(folder) for folder in longest_first if "://" in folder]
+        if not known:
+            return None
+        below = r"/+(?:[^\s\"'<>?#]*/)?([^\s\"'<>/?#]*)[^\s\"'<>]*"
+        return re.compile(rf"(?:{'|'.join(known)}){below}")
 
     @cached_property
     def _known(self) -> re.Pattern[str]:
