@@ -169,3 +169,12 @@ def test_one_after_another_does_what_only_one_may_do(path):
         thread.join()
     assert most == [1] * 5
     assert os.listdir(path.parent) == []
+
+
+def test_a_lease_that_was_released_while_its_folder_was_away_is_free(path, tmp_path):
+    held = Lease.take(path)
+    path.parent.rename(tmp_path / "away")
+    held.release()
+    (tmp_path / "away").rename(path.parent)
+    assert read_holder(path).has_ended
+    Lease.take(path).release()

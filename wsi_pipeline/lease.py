@@ -75,6 +75,8 @@ class Holder:
     def has_ended(self) -> bool:
         """Whether it is known to be gone: asked of this machine, or told by Slurm."""
         facts = self.facts
+        if facts.get("released"):
+            return True
         if facts.get("machine") == _machine():
             try:
                 born = psutil.Process(int(facts["pid"])).create_time()
@@ -150,6 +152,10 @@ class Lease:
         with self._writing:
             if self._is_ours():
                 self._path.unlink(missing_ok=True)
+            else:  # its folder is elsewhere, perhaps, and may come back with it
+                self._facts["released"] = True
+                with suppress(OSError):
+                    self._write()
             os.close(self._descriptor)
 
     def _live(self) -> None:
