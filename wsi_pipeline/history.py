@@ -117,7 +117,10 @@ def deaths(job: SlideJob) -> int:
     They left neither a word nor a finished block more than the try before.
     """
     history = _read(job.log_path)
-    return history.died + history.working if history.job_id == job.job_id else 0
+    died = history.died + history.working
+    # Naming a job reads its slide: only where there is something to count. A run asks this of all
+    # its slides before the first is begun.
+    return died if died and history.job_id == job.job_id else 0
 
 
 def earlier_starts(job: SlideJob) -> int:
