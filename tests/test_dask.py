@@ -306,6 +306,7 @@ def test_the_command_ends_with_75_when_the_scheduler_stays_away(slides, tmp_path
         return reports
 
     monkeypatch.setattr("wsi_pipeline.api.run_on_dask", leave)
+    monkeypatch.setattr("wsi_pipeline.api.require_scheduler", lambda _address: None)
     some = [str(slides[name]) for name in "ab"]
     result = CliRunner().invoke(run, [*some, "--out", str(tmp_path / "out"), "--dask", "tcp://h:1"])
     assert result.exit_code == 75
@@ -316,6 +317,7 @@ def test_the_command_ends_with_75_when_the_scheduler_stays_away(slides, tmp_path
     [
         ("tcp://127.0.0.1:1", (), "no Dask scheduler answers at 'tcp://127.0.0.1:1'"),
         ("nonsense", (), "is the address such as"),
+        ("foo://host:1", (), "is the address such as"),
         ("tcp://127.0.0.1:1", ("--device", "cuda:all"), "each worker runs on one GPU"),
     ],
 )
@@ -327,6 +329,7 @@ def test_wrong_use_is_code_2_and_says_what_is_right(
     result = CliRunner().invoke(run, arguments)
     assert result.exit_code == 2
     assert message in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_dask_it_says_what_to_install(slides, tmp_path, monkeypatch):

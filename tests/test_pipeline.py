@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -562,6 +563,22 @@ def test_a_slide_of_another_process_comes_last_once_it_is_free(slide, tmp_path, 
     assert [r.status for r in reports] == ["done", "done"]
     assert [name for name, *_ in watcher.ended] == ["b", "a"]
     assert set(os.listdir(tmp_path / "logs")) == {"a.jsonl", "b.jsonl"}
+
+
+@pytest.mark.parametrize("it_was_done", [True, False])
+def test_of_two_that_overwrite_one_takes_what_the_other_did(slide, tmp_path, it_was_done):
+    before = go(slide, tmp_path)
+    held = take_lease(job(slide, tmp_path))
+
+    def end():
+        if it_was_done:
+            replace(before, started="2999-01-01T00:00:00Z").write(job(slide, tmp_path).report_path)
+        held.release()
+
+    watcher, predictor = Waiting(end), StubPredictor()
+    assert go(slide, tmp_path, predictor, watcher, overwrite=True).status == "done"
+    assert watcher.ended == [("a", "done", it_was_done)]
+    assert bool(predictor.seen) != it_was_done
 
 
 def test_what_another_process_has_just_done_is_not_done_again(slide, undisturbed, tmp_path):

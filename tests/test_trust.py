@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from slide_fixtures import picture
 from test_bundle import SPEC as BUNDLE_SPEC
+from test_deidentified import SECRET, aperio, write_with_pictures
 from test_pipeline import StubPredictor, go
-from test_redacted import SECRET, aperio, write_with_pictures
 from test_store import fill, make
 
 from wsi_pipeline.batch import collect_slides, read_run

@@ -78,6 +78,15 @@ def test_a_killed_worker_is_requeued_a_bounded_number_of_times(tools, restarts, 
     assert "killed by signal 9" in process.stderr.read()
 
 
+@pytest.mark.parametrize(("end", "requeued"), [("exit 75", True), ("kill -KILL $$", False)])
+def test_a_stop_after_long_work_may_always_go_on_and_a_kill_may_not(tools, end, requeued):
+    folder, put = tools
+    put("wsi-run", end)
+    process = start(folder, "slides", "out", SLURM_RESTART_COUNT="99", WSI_SHORT_START_S="0")
+    assert process.wait(20) in (75, 137)
+    assert (REQUEUE in calls(folder)) == requeued
+
+
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "TIMEOUT"])
 def test_what_slurm_has_ended_is_not_requeued(tools, state):
     folder, put = tools

@@ -18,7 +18,14 @@ from wsi_pipeline.batch import (
     require_size,
     take_shard,
 )
-from wsi_pipeline.engines import Only, Watcher, run_on_dask, run_on_devices, run_slides
+from wsi_pipeline.engines import (
+    Only,
+    Watcher,
+    require_scheduler,
+    run_on_dask,
+    run_on_devices,
+    run_slides,
+)
 from wsi_pipeline.errors import JobError, ModelBundleError, WsiPipelineError
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob
@@ -168,6 +175,8 @@ def execute(
         "memory": memory,
     }
     devices = _devices(device, dask, network=only != "objects")
+    if dask is not None:
+        require_scheduler(dask)
     if dask is None and len(devices) == 1:
         (options["device"],) = devices
     network = dask is None and len(devices) == 1 and only != "objects"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from wsi_pipeline import redacted
+from wsi_pipeline import deidentified
 from wsi_pipeline.api import Plan
 from wsi_pipeline.batch import parse_shard
 from wsi_pipeline.cohort import Cohort, SlideState, describe_totals, state_of
@@ -153,13 +153,13 @@ def describe_file(name: str, *, mpp: float | None = None, redact: bool = False) 
     if (path / "spec.json").is_file():
         return list(_describe_bundle(path))
     if (path / "zarr.json").is_file():
-        return list((redacted.maps_lines if redact else _describe_maps)(path))
+        return list((deidentified.maps_lines if redact else _describe_maps)(path))
     if path.suffix == ".parquet" and path.is_file():
-        return list((redacted.table_lines if redact else _describe_table)(path))
+        return list((deidentified.table_lines if redact else _describe_table)(path))
     if path.is_dir():
         msg = f"{name} is a folder, but neither a model bundle nor a store of maps"
         raise JobError(msg)
-    return list((redacted.slide_lines if redact else _describe_slide)(name, mpp))
+    return list((deidentified.slide_lines if redact else _describe_slide)(name, mpp))
 
 
 def _in_zoo(name: str) -> Path | None:

@@ -13,10 +13,9 @@ processor free, and objects are drafted from the blocks as they come.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +25,7 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.drafting import ArrivingMaps, Draft
-from wsi_pipeline.durable import partial_path, remove_tree
-from wsi_pipeline.errors import MaskError, SlideError
+from wsi_pipeline.durable import remove_tree
 from wsi_pipeline.filling import Predictor, fill_store, lay_tiles, open_store, sealed_store
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import extract_objects, outline_polygons
@@ -39,6 +37,7 @@ from wsi_pipeline.store import PredictionStore
 from wsi_pipeline.table import ObjectWriter, read_centroids, read_objects, write_tissue
 from wsi_pipeline.tiling import TileGrid
 from wsi_pipeline.tissue import TissueMask, detect_tissue, read_mask
+from wsi_pipeline.unchanged import unchanged
 
 __all__ = ["Predicted", "Predictor", "polygonize", "predict", "reopen"]
 
@@ -198,7 +197,7 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
 def _opened(attempt: Attempt) -> Iterator[tuple[Slide, TissueMask]]:
     """Open the slide of an attempt and find its tissue."""
     job = attempt.job
-    with _unchanged(attempt), ExitStack() as stack:
+    with unchanged(job), ExitStack() as stack:
         with attempt.stage("open"):
             slide = stack.enter_context(Slide.open(job.path, mpp=job.mpp))
         size = slide.pixel_size
@@ -249,52 +248,6 @@ def _predicted(
         size=slide.size,
         pixel_size=slide.pixel_size,
     )
-
-
-@contextmanager
-def _unchanged(attempt: Attempt) -> Iterator[None]:
-    """Fail, whatever else happens meanwhile, if a file that is read inside is changed.
-
-    Blocks that were predicted are thrown away: nobody knows of which content they are. If the
-    slide is merely out of reach, they are kept.
-    """
-    job = attempt.job
-    problem: Exception | None = None
-    # The very file that is read: another may take its name, and give it back.
-    file = _handle(job.path)
-    begun = _stamp(file)
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    finally:
-        ended = _stamp(file)
-        if file is not None:
-            os.close(file)
-    changed = Path(job.path) if ended != begun else job.changed_input()
-    if changed is not None:
-        if ended != begun or changed.exists():
-            remove_tree(partial_path(job.maps_path))
-        msg = (
-            f"{changed} changed while it was read. Run the same command again when it is "
-            "complete: the slide then begins anew."
-        )
-        raise (MaskError if changed == job.mask else SlideError)(msg) from problem
-    if problem is not None:
-        raise problem
-
-
-def _handle(path: str) -> int | None:
-    with suppress(OSError):
-        return os.open(path, os.O_RDONLY)
-    return None  # a URL, or no such file: opening the slide will tell
-
-
-def _stamp(file: int | None) -> tuple[int, int] | None:
-    if file is None:
-        return None
-    status = os.fstat(file)
-    return status.st_size, status.st_mtime_ns
 
 
 def _take_picture(slide: Slide) -> tuple[NDArray[np.uint8], PixelGrid]:

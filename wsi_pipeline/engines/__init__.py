@@ -4,8 +4,16 @@
 the workers of a Dask cluster.
 """
 
+from wsi_pipeline.engines.connection import require_scheduler
 from wsi_pipeline.engines.dasked import run_on_dask
 from wsi_pipeline.engines.devices import run_on_devices
 from wsi_pipeline.engines.here import Only, Watcher, run_slides
 
-__all__ = ["Only", "Watcher", "run_on_dask", "run_on_devices", "run_slides"]
+__all__ = [
+    "Only",
+    "Watcher",
+    "require_scheduler",
+    "run_on_dask",
+    "run_on_devices",
+    "run_slides",
+]

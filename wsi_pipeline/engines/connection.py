@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from wsi_pipeline.errors import JobError
@@ -11,7 +12,7 @@ from wsi_pipeline.errors import JobError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Lost", "ask", "first_client", "next_client", "require"]
+__all__ = ["Lost", "ask", "first_client", "next_client", "require", "require_scheduler"]
 
 T = TypeVar("T")
 
@@ -23,6 +24,16 @@ AGAIN_S = 0.5
 
 class Lost(Exception):  # noqa: N818 - a state, not a fault
     """The scheduler does not answer, or has forgotten our tasks."""
+
+
+def require_scheduler(address: str) -> None:
+    """Make sure that a scheduler answers, before anything is written for a run on it.
+
+    Raises:
+        JobError: Dask is not installed, or nobody answers.
+    """
+    with suppress(OSError):  # it has answered; how the parting goes is no matter
+        first_client(address).close(timeout=2)
 
 
 def first_client(address: str) -> Client:
@@ -62,7 +73,10 @@ def next_client(address: str, patience_s: float, stop: Callable[[], bool]) -> Cl
 
 def _client(address: str, seconds: float) -> Client:
     from distributed import Client
+    from distributed.comm.addressing import parse_address
+    from distributed.comm.registry import get_backend
 
+    get_backend(parse_address(address)[0])  # a client of an unknown kind is never quite closed
     return Client(address, timeout=seconds, set_as_default=False)
 
 

@@ -121,6 +121,8 @@ class _Run:
     fail_fast: bool
     reports: dict[str, RunReport] = field(default_factory=dict)
     busy: dict[SlideJob, SlideBusyError] = field(default_factory=dict)
+    waited: dict[SlideJob, str | None] = field(default_factory=dict)
+    """Slides that another process was at, and when the try began that had finished them before."""
     seen: set[Path] = field(default_factory=set)
     """Folders, and the record of the run, that were there when a slide was begun."""
     patience_s: float = field(default_factory=lambda: PATIENCE_S)
@@ -162,6 +164,8 @@ class _Run:
             attempt = self._begin(job)
         except SlideBusyError as error:
             self.busy[job] = error
+            before = finished_report(job)
+            self.waited.setdefault(job, before and before.started)
             return None
         except (OSError, MemoryError, WsiPipelineError) as error:
             # Its files are of no use; other slides may go well.
@@ -273,9 +277,11 @@ class _Run:
         if self.only == "objects" and failed is not None and not job.maps_path.exists():
             return failed  # why there are no maps is worth more than that there are none
         finished = finished_report(job)
-        if self.overwrite:
-            return finished if finished is not None and _made_before_restart(finished) else None
-        return finished or (None if self.retry_failed else failed)
+        if self.overwrite and finished is not None:
+            # What another process did while this run waited for it is as new as asked for.
+            anew = job in self.waited and finished.started != self.waited[job]
+            return finished if anew or _made_before_restart(finished) else None
+        return finished or (None if self.retry_failed or self.overwrite else failed)
 
     def _require_survivor(self, job: SlideJob) -> None:
         # This try has left its own "start" in the log.

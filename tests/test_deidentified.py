@@ -8,7 +8,7 @@ import tifffile
 from click.testing import CliRunner
 from slide_fixtures import picture, write_slide
 
-from wsi_pipeline import redacted
+from wsi_pipeline import deidentified
 from wsi_pipeline.cli import wsi
 from wsi_pipeline.describe import describe_file
 from wsi_pipeline.geometry import PixelGrid
@@ -198,7 +198,7 @@ def test_errors_show_the_code_alone(tmp_path, slide, case, monkeypatch):
         path, code = tmp_path, "internal"
     elif case == "crash":
         path, code = slide, "internal"
-        monkeypatch.setattr(redacted, "_word", lambda *_: {}[SECRET])
+        monkeypatch.setattr(deidentified, "_word", lambda *_: {}[SECRET])
     result = info(path, "--redact")
     assert result.exit_code == 2
     assert result.output == f"Error: {code} (without --redact the message says more)\n"
