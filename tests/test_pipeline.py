@@ -622,8 +622,8 @@ def test_a_folder_that_is_gone_is_not_made_anew_by_the_next_slide(
                 out.rmdir()
                 (tmp_path / "away").rename(out)
 
-    monkeypatch.setattr("wsi_pipeline.engines.here.ASK_AGAIN_S", 0.01)
-    monkeypatch.setattr("wsi_pipeline.engines.here.PATIENCE_S", 0.05)
+    monkeypatch.setattr("wsi_pipeline.engines.folders.ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr("wsi_pipeline.engines.folders.PATIENCE_S", 0.05)
     jobs = [job(slide, out), job(other, out)]
     reports = run_slides(jobs, StubPredictor(), watcher=Unmounting(), stop=lambda: False)
     if comes_back:

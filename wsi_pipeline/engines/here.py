@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol
 
 from wsi_pipeline.attempt import Attempt, record, refuse, take_lease
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
-from wsi_pipeline.errors import FolderGoneError, SlideBusyError, SlideError, WsiPipelineError
+from wsi_pipeline.engines.folders import Folders
+from wsi_pipeline.errors import SlideBusyError, SlideError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
@@ -31,9 +31,7 @@ Only = Literal["maps", "objects"]
 MOST_DEATHS = 3
 """A slide at which the process was killed so often in a row is given up."""
 ASK_AGAIN_S = 1.0
-"""How often to look whether another process has done with a slide, or a folder is back."""
-PATIENCE_S = 120.0
-"""How long a run waits for folders that were there."""
+"""How often to look whether another process has done with a slide."""
 
 
 class Watcher(Protocol):
@@ -123,10 +121,12 @@ class _Run:
     busy: dict[SlideJob, SlideBusyError] = field(default_factory=dict)
     waited: dict[SlideJob, str | None] = field(default_factory=dict)
     """Slides that another process was at, and when the try began that had finished them before."""
-    seen: set[Path] = field(default_factory=set)
-    """Folders, and the record of the run, that were there when a slide was begun."""
-    patience_s: float = field(default_factory=lambda: PATIENCE_S)
-    """For how long they are waited for when they are gone, all times together."""
+
+    def __post_init__(self) -> None:
+        self.folders = Folders(
+            waiting=lambda job, what: self.watcher.advance(job, f"waiting for {what}", 0, 0),
+            stop=self.stop,
+        )
 
     @property
     def beside(self) -> bool:
@@ -207,7 +207,7 @@ class _Run:
         )
 
     def _begin(self, job: SlideJob) -> Attempt | None:
-        self._require_folders(job)
+        self.folders.require(job)
         if self._passed_over(job):
             return None
         _require_slide(job)
@@ -238,38 +238,6 @@ class _Run:
             remove_tree(job.maps_path)
         self._finish(job, settled, skipped=True)
         return True
-
-    def _require_folders(self, job: SlideJob) -> None:
-        """Wait for folders that were there and are gone, as when a file server is away.
-
-        Else all slides that are left would fail within a second, and results would be written
-        below a mount point.
-
-        Raises:
-            FolderGoneError: the results folder does not come back.
-        """
-        if job.out not in self.seen:
-            job.out.mkdir(parents=True, exist_ok=True)
-            self.seen.add(job.out)
-        record = job.out / "run.json"
-        self._wait_for(record, job, "the results folder")
-        if record in self.seen and not record.exists():
-            msg = (
-                f"the results folder {job.out} is gone, or its run.json; when it is back, run the "
-                "same command again"
-            )
-            raise FolderGoneError(msg)
-        if "://" not in job.path:
-            self._wait_for(Path(job.path).parent, job, "the folder of slides")
-
-    def _wait_for(self, path: Path, job: SlideJob, what: str) -> None:
-        while not path.exists():
-            if path not in self.seen or self.patience_s <= 0 or self.stop():
-                return
-            self.watcher.advance(job, f"waiting for {what}", 0, 0)
-            pause(ASK_AGAIN_S)
-            self.patience_s -= ASK_AGAIN_S
-        self.seen.add(path)
 
     def _settled(self, job: SlideJob) -> RunReport | None:
         """Return the report of a slide on which nothing is left to be done."""
