@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.standin import StandIn
+from benchmarks.standin import Silent, StandIn
 from wsi_pipeline import pipeline
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.engines import run_slides
@@ -38,17 +38,6 @@ def small_pictures(monkeypatch):
     monkeypatch.setattr(pipeline, "draw_preview", lambda picture, *_, **__: picture[::4, ::4])
 
 
-class Watcher:
-    def start(self, job):
-        pass
-
-    def advance(self, job, stage, done, total):
-        pass
-
-    def finish(self, job, report, *, skipped):
-        pass
-
-
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slides")
@@ -72,7 +61,7 @@ def go(slide, out, predictor=None, *, stop=lambda: False, **facts):
         model_digest="0" * 64,
         **facts,
     )
-    (report,) = run_slides([job], predictor or StandIn(), watcher=Watcher(), stop=stop)
+    (report,) = run_slides([job], predictor or StandIn(), watcher=Silent(), stop=stop)
     return report
 
 
@@ -176,7 +165,7 @@ def test_what_happens_to_a_slide_after_it_was_read_does_not_matter(slides, slide
         if stage == "polygonize":
             slide.unlink(missing_ok=True)
 
-    watcher = Watcher()
+    watcher = Silent()
     watcher.advance = moved
     job = SlideJob(
         path=str(slide), slide_id="a", out=tmp_path, model_name="", model_digest="0" * 64
@@ -220,7 +209,7 @@ def test_maps_that_vanish_before_they_are_read_make_no_empty_table(slide, tmp_pa
         if stage == "predict" and done == total:
             (out / "maps").rename(out / "elsewhere")
 
-    watcher = Watcher()
+    watcher = Silent()
     watcher.advance = vanish
     job = SlideJob(path=str(slide), slide_id="a", out=out, model_name="", model_digest="0" * 64)
     (report,) = run_slides([job], StandIn(), watcher=watcher, stop=lambda: False)

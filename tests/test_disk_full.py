@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks.standin import StandIn
+from benchmarks.standin import Silent, StandIn
 from wsi_pipeline import pipeline
 from wsi_pipeline.engines import run_slides
 from wsi_pipeline.instances import spool
@@ -13,17 +13,6 @@ from wsi_pipeline.job import SlideJob, read_report
 from wsi_pipeline.synth import write_slide
 
 SIZE = 16 << 20
-
-
-class Watcher:
-    def start(self, job):
-        pass
-
-    def advance(self, job, stage, done, total):
-        pass
-
-    def finish(self, job, report, *, skipped):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +52,7 @@ def go(slide, out, **facts):
         model_digest="0" * 64,
         **facts,
     )
-    (report,) = run_slides([job], StandIn(), watcher=Watcher(), stop=lambda: False)
+    (report,) = run_slides([job], StandIn(), watcher=Silent(), stop=lambda: False)
     return report
 
 

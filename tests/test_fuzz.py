@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from slide_fixtures import picture, write_slide
 
-from benchmarks.fuzz import artefacts, slides
+from benchmarks.fuzz import inputs, models, results, slides
 from benchmarks.fuzz.executor import Case, Limits, run_cases
 from benchmarks.fuzz.targets import TARGETS
 from benchmarks.fuzz.tiffs import scan
+from benchmarks.fuzz.trees import write_tree
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.batch import collect_slides, read_run
 from wsi_pipeline.bundle import open_bundle
@@ -114,12 +115,13 @@ def test_a_case_is_made_again_by_its_number(tmp_path):
     made = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        artefacts.break_mask(tmp_path / name, np.random.default_rng(7))
+        inputs.break_mask(tmp_path / name, np.random.default_rng(7))
         made.append((tmp_path / name / "mask.png").read_bytes())
     assert made[0] == made[1]
     assert slides.break_slide(np.random.default_rng(3)) == slides.break_slide(
         np.random.default_rng(3)
     )
+    assert models.bundles.__wrapped__() == models.bundles.__wrapped__()  # by another process, say
 
 
 # --- slides
@@ -355,7 +357,7 @@ def test_lists_that_are_no_tables_are_refused(tmp_path, text):
 
 @pytest.fixture
 def bundle(tmp_path):
-    artefacts._write_tree(tmp_path / "b", artefacts._bundles()[0])
+    write_tree(tmp_path / "b", models.bundles()[0])
     return tmp_path / "b"
 
 
@@ -428,7 +430,7 @@ def test_compressed_and_torn_checkpoints_are_refused(tmp_path):
 
 @pytest.fixture
 def table(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(artefacts._tables()[0])
+    (tmp_path / "a.parquet").write_bytes(results.tables()[0])
     return tmp_path / "a.parquet"
 
 
@@ -484,7 +486,7 @@ def test_damaged_tables_are_refused(table):
 
 @pytest.fixture
 def maps(tmp_path):
-    artefacts._write_tree(tmp_path / "a.zarr", artefacts._maps())
+    write_tree(tmp_path / "a.zarr", results.maps())
     assert PredictionStore.open(tmp_path / "a.zarr").keys
     return tmp_path / "a.zarr"
 
@@ -547,8 +549,8 @@ def test_a_chunk_that_would_unpack_to_more_is_refused(maps):
 
 @pytest.fixture
 def out(tmp_path):
-    files = {name: text.encode() for name, text in artefacts._records().items()}
-    artefacts._write_tree(tmp_path / "out", files)
+    files = {name: text.encode() for name, text in results.records().items()}
+    write_tree(tmp_path / "out", files)
     return tmp_path / "out"
 
 

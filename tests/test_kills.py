@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.kills import STAGES, Point, Scenario, choose, contents, whole_after_kill
+from benchmarks.kills.choice import choose
+from benchmarks.kills.countdown import STAGES, Point
+from benchmarks.kills.scenarios import Scenario
+from benchmarks.kills.trial import contents, whole_after_kill
 
 ROOT = Path(__file__).parents[1]
 POINTS = 200

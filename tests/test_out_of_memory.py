@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from benchmarks.standin import StandIn
+from benchmarks.standin import Silent, StandIn
 from wsi_pipeline import pipeline
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.engines import run_slides
@@ -25,17 +25,6 @@ PLACES = {
     "the picture is drawn": "wsi_pipeline.pipeline.draw_preview",
 }
 """What may ask for more memory than there is."""
-
-
-class Watcher:
-    def start(self, job):
-        pass
-
-    def advance(self, job, stage, done, total):
-        pass
-
-    def finish(self, job, report, *, skipped):
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +53,7 @@ def go(slides, out, names="ab", predictor=None):
         )
         for name in names
     ]
-    return run_slides(jobs, predictor or StandIn(), watcher=Watcher(), stop=lambda: False)
+    return run_slides(jobs, predictor or StandIn(), watcher=Silent(), stop=lambda: False)
 
 
 def files(out):

@@ -7,7 +7,8 @@ Each case is a good input with something changed (bits, lengths, tags, sizes, of
 runs in a process of its own, which may hold and take only so much. Clean is a result or a
 ``WsiPipelineError``; any other exception, a signal, a time-out or too much memory is not. Prints
 one line a target and exits with 1 if any case is not clean. A case is a function of the seed, its
-target and its number, and of the versions of the libraries that wrote the good inputs.
+target and its number, and of the versions of the libraries that wrote the good inputs (but for
+the times in archives, and the addresses that torch's older format of checkpoints holds).
 """
 
 from __future__ import annotations

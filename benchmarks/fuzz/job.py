@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fuzz.artefacts import HEADS
+from benchmarks.fuzz.models import HEADS
+from benchmarks.standin import Silent
 from wsi_pipeline.engines import run_slides
-from wsi_pipeline.job import RunReport, SlideJob
+from wsi_pipeline.job import SlideJob
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.store import PredictionBlock
@@ -53,23 +54,12 @@ class _Dark:
             yield PredictionBlock(tile=tile, arrays=arrays)
 
 
-class _Silent:
-    def start(self, job: SlideJob) -> None:
-        pass
-
-    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
-        pass
-
-    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
-        pass
-
-
 def use_job(folder: Path) -> None:
     """Run the slide in a folder; its report must be done, or say why not with a code."""
     path = next(folder.glob("a.*"))
     job = SlideJob(path=str(path), slide_id="a", out=folder / "out", model_name="dark",
                    model_digest=_Dark.digest, mpp=0.5)  # fmt: skip
-    (report,) = run_slides([job], _Dark(), watcher=_Silent(), stop=lambda: False)
+    (report,) = run_slides([job], _Dark(), watcher=Silent(), stop=lambda: False)
     code = (report.error or {}).get("code")
     if report.status not in ("done", "failed") or code in ("internal", "out_of_memory"):
         raise AssertionError(f"{report.status}, {report.reason}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fuzz import artefacts, slides
+from benchmarks.fuzz import inputs, models, results, slides
 from benchmarks.fuzz.executor import Case
 from benchmarks.fuzz.job import use_job
 from benchmarks.fuzz.mutate import Rng, pick
@@ -87,7 +87,12 @@ def prepare(kit: Path | None = None) -> None:
         kit: folder of small damaged slides to start from, too.
     """
     global _kit
-    artefacts.prepare()
+    inputs.masks()
+    models.bundles()
+    models.checkpoints()
+    results.tables()
+    results.maps()
+    results.records()
     slides.prepare()
     _kit = slides.broken_seeds(kit) if kit is not None else ()
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +141,7 @@ def _see(name: str, mpp: float | None) -> None:
 
 
 def _use_mask(folder: Path) -> None:
-    mask = read_mask(folder / "mask.png", artefacts.MASKED_SIZE)
+    mask = read_mask(folder / "mask.png", inputs.MASKED_SIZE)
     mask.area_mm2((0.5, 0.5))
     mask.digest  # noqa: B018 - computed when it is asked for
 
@@ -206,12 +211,12 @@ TARGETS = {
     "slide": Target(make=_make_slide, use=_use_slide, share=0.45),
     "job": Target(make=_make_slide, use=use_job, share=0.01),
     "url": Target(make=_make_slide, use=_use_url, share=0.06),
-    "mask": Target(make=artefacts.break_mask, use=_use_mask, share=0.08),
-    "list": Target(make=artefacts.break_list, use=_use_list, share=0.06),
-    "bundle": Target(make=artefacts.break_bundle, use=_use_bundle, share=0.08),
-    "checkpoint": Target(make=artefacts.break_checkpoint, use=_use_checkpoint, share=0.06),
-    "table": Target(make=artefacts.break_table, use=_use_table, share=0.08),
-    "maps": Target(make=artefacts.break_maps, use=_use_maps, share=0.06),
-    "records": Target(make=artefacts.break_records, use=_use_records, share=0.06),
+    "mask": Target(make=inputs.break_mask, use=_use_mask, share=0.08),
+    "list": Target(make=inputs.break_list, use=_use_list, share=0.06),
+    "bundle": Target(make=models.break_bundle, use=_use_bundle, share=0.08),
+    "checkpoint": Target(make=models.break_checkpoint, use=_use_checkpoint, share=0.06),
+    "table": Target(make=results.break_table, use=_use_table, share=0.08),
+    "maps": Target(make=results.break_maps, use=_use_maps, share=0.06),
+    "records": Target(make=results.break_records, use=_use_records, share=0.06),
 }
 """By name, in the order in which they run."""

@@ -14,10 +14,11 @@ from torch import nn
 
 from benchmarks.peers.networks import make_network, make_spec
 from benchmarks.peers.worker import Clock, parser, write_result
+from benchmarks.standin import Silent
 from wsi_pipeline.engines import run_slides
 from wsi_pipeline.filling import lay_tiles
 from wsi_pipeline.inference import TorchPredictor
-from wsi_pipeline.job import RunReport, SlideJob
+from wsi_pipeline.job import SlideJob
 from wsi_pipeline.machine import available_cpus, keep_freed_memory
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.spec import ModelSpec
@@ -42,19 +43,6 @@ class Bundle:
     def load_network(self) -> nn.Module:
         """Build the network."""
         return make_network(self.network)
-
-
-class Silent:
-    """A watcher that keeps quiet."""
-
-    def start(self, job: SlideJob) -> None:
-        """Say nothing."""
-
-    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
-        """Say nothing."""
-
-    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
-        """Say nothing."""
 
 
 def load(network: str, precision: str, tile: int | None) -> TorchPredictor:
