@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.store import PredictionBlock
@@ -28,19 +27,6 @@ SPEC = ModelSpec(
         HeadSpec(name="area", kind="patch", classes=("pale", "deep"), stride=16),
     ),
 )
-
-
-class Silent:
-    """A watcher that keeps quiet."""
-
-    def start(self, job: SlideJob) -> None:
-        """Say nothing."""
-
-    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
-        """Say nothing."""
-
-    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
-        """Say nothing."""
 
 
 class StandIn:

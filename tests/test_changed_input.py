@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.standin import Silent, StandIn
+from benchmarks.standin import StandIn
 from wsi_pipeline import pipeline
 from wsi_pipeline.durable import partial_path
-from wsi_pipeline.engines import run_slides
+from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.job import SlideJob
 from wsi_pipeline.synth import write_slide
 

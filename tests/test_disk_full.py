@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from benchmarks.standin import Silent, StandIn
+from benchmarks.standin import StandIn
 from wsi_pipeline import pipeline
-from wsi_pipeline.engines import run_slides
+from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.instances import spool
 from wsi_pipeline.job import SlideJob, read_report
 from wsi_pipeline.synth import write_slide

@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from benchmarks.standin import Silent, StandIn
+from benchmarks.standin import StandIn
 from wsi_pipeline import pipeline
 from wsi_pipeline.attempt import Attempt
-from wsi_pipeline.engines import run_slides
+from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.job import SlideJob
 from wsi_pipeline.synth import write_slide
 

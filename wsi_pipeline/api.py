@@ -20,6 +20,7 @@ from wsi_pipeline.batch import (
 )
 from wsi_pipeline.engines import (
     Only,
+    Silent,
     Watcher,
     require_scheduler,
     run_on_dask,
@@ -182,7 +183,7 @@ def execute(
     network = dask is None and len(devices) == 1 and only != "objects"
     plan, predictor = _begin(plan, options, network=network, overwrite=overwrite)
     how: dict[str, Any] = {
-        "watcher": watcher or _Silent(),
+        "watcher": watcher or Silent(),
         "stop": stop,
         "only": only,
         "overwrite": overwrite,
@@ -399,16 +400,3 @@ def _frozen_bundle(out: Path, *, overwrite: bool) -> ModelBundle | None:
         "again with another."
     )
     raise JobError(msg)
-
-
-class _Silent:
-    """A watcher that keeps quiet."""
-
-    def start(self, job: SlideJob) -> None:
-        """Say nothing."""
-
-    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
-        """Say nothing."""
-
-    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
-        """Say nothing."""

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.fuzz.models import HEADS
-from benchmarks.standin import Silent
-from wsi_pipeline.engines import run_slides
+from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.job import SlideJob
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.spec import ModelSpec

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.standin import Silent, StandIn
+from benchmarks.standin import StandIn
+from wsi_pipeline.engines import Silent
 from wsi_pipeline.job import SlideJob
 
 __all__ = ["Scenario", "prepare", "scenarios", "settle"]

@@ -14,8 +14,7 @@ from torch import nn
 
 from benchmarks.peers.networks import make_network, make_spec
 from benchmarks.peers.worker import Clock, parser, write_result
-from benchmarks.standin import Silent
-from wsi_pipeline.engines import run_slides
+from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.filling import lay_tiles
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.job import SlideJob

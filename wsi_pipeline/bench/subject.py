@@ -14,7 +14,7 @@ from PIL import Image
 from wsi_pipeline.api import plan_run
 from wsi_pipeline.bundle import ModelBundle, find_bundle
 from wsi_pipeline.device import choose_device
-from wsi_pipeline.engines import run_slides
+from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.errors import Interrupted, JobError
 from wsi_pipeline.filling import lay_tiles
 from wsi_pipeline.inference import TorchPredictor
@@ -188,7 +188,7 @@ def run_job(
         JobError: the slide failed.
         Interrupted: ``stop`` said so.
     """
-    reports = run_slides([job], predictor, watcher=_Silent(), stop=stop, workers=workers)
+    reports = run_slides([job], predictor, watcher=Silent(), stop=stop, workers=workers)
     if stop():
         raise Interrupted("asked to stop; nothing was reported")
     (report,) = reports
@@ -234,16 +234,3 @@ def _tissue_tiles(
     if not tiles.tiles:
         raise JobError(f"{slide.name} holds no tissue: there is nothing to measure")
     return tissue, tiles, job
-
-
-class _Silent:
-    """A watcher that keeps quiet."""
-
-    def start(self, job: SlideJob) -> None:
-        """Say nothing."""
-
-    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
-        """Say nothing."""
-
-    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
-        """Say nothing."""

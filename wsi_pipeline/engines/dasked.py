@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from wsi_pipeline.attempt import refuse
 from wsi_pipeline.engines.child import Load
 from wsi_pipeline.engines.connection import Lost, ask, first_client, next_client, require
-from wsi_pipeline.engines.here import Only, Watcher
+from wsi_pipeline.engines.here import Only
 from wsi_pipeline.engines.tasks import Receipt, Task, Word, give_up, pass_on, run_task
 from wsi_pipeline.engines.turns import in_good_order
+from wsi_pipeline.engines.watcher import Watcher
 from wsi_pipeline.errors import Interrupted, SlideBusyError, WsiPipelineError
 from wsi_pipeline.job import RunReport, SlideJob, finished_report
 from wsi_pipeline.lease import DEAD_AFTER_S, HEARTBEAT_S

@@ -16,8 +16,9 @@ from typing import Any
 
 from wsi_pipeline.attempt import refuse
 from wsi_pipeline.engines.child import Child, Load, Order
-from wsi_pipeline.engines.here import MOST_DEATHS, Only, Watcher
+from wsi_pipeline.engines.here import MOST_DEATHS, Only
 from wsi_pipeline.engines.turns import in_good_order
+from wsi_pipeline.engines.watcher import Watcher
 from wsi_pipeline.errors import JobError, WsiPipelineError
 from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.redaction import LogLines

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from wsi_pipeline.attempt import Attempt, record, refuse, take_lease
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
 from wsi_pipeline.engines.folders import Folders
+from wsi_pipeline.engines.watcher import Watcher
 from wsi_pipeline.errors import SlideBusyError, SlideError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
@@ -24,7 +25,7 @@ from wsi_pipeline.lease import slurm_job
 from wsi_pipeline.machine import pause
 from wsi_pipeline.pipeline import Predicted, polygonize, predict, reopen
 
-__all__ = ["Only", "Watcher", "run_slides"]
+__all__ = ["Only", "run_slides"]
 
 Only = Literal["maps", "objects"]
 """A half of the work: what needs the network, or what needs none."""
@@ -32,19 +33,6 @@ MOST_DEATHS = 3
 """A slide at which the process was killed so often in a row is given up."""
 ASK_AGAIN_S = 1.0
 """How often to look whether another process has done with a slide."""
-
-
-class Watcher(Protocol):
-    """Told what goes on, from whichever thread it happens in."""
-
-    def start(self, job: SlideJob) -> None:
-        """A slide is begun."""
-
-    def advance(self, job: SlideJob, stage: str, done: int, total: int) -> None:
-        """A stage of a slide has come further; total 0 means unknown."""
-
-    def finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
-        """A slide has ended, or was done before (skipped)."""
 
 
 def run_slides(
@@ -165,7 +153,7 @@ class _Run:
         except SlideBusyError as error:
             self.busy[job] = error
             before = finished_report(job)
-            self.waited.setdefault(job, before and before.started)
+            self.waited.setdefault(job, before.started if before else None)
             return None
         except (OSError, MemoryError, WsiPipelineError) as error:
             # Its files are of no use; other slides may go well.
