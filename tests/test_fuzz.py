@@ -85,6 +85,10 @@ def hold(mib):
     np.zeros(mib << 20, np.uint8)
 
 
+def touch(mib):
+    np.ones(mib << 20, np.uint8)
+
+
 def spin():
     while True:
         pass
@@ -109,6 +113,27 @@ def test_the_harness_tells_how_a_case_ends(use, how):
     case = Case(target="x", number=0, make=lambda folder: "nothing", use=use)
     (outcome,) = run_cases([case], limits=limits, jobs=1)
     assert (outcome.how, outcome.is_clean) == (how, how in ("fine", "refused"))
+
+
+def test_cases_of_one_process_do_not_answer_for_each_other():
+    uses = [
+        *(lambda folder: None, lambda folder: touch(90), lambda folder: hold(90)),
+        *(lambda folder: {}["x"], lambda folder: None, lambda folder: os.abort()),
+        *(lambda folder: time.sleep(60), lambda folder: hold(300), lambda folder: None),
+    ]
+    cases = [
+        Case(target="x", number=number, make=lambda folder: folder.name, use=use)
+        for number, use in enumerate(uses)
+    ]
+    limits = Limits(memory_mib=100, cpu_s=1, wall_s=3.0)
+    found = list(run_cases(cases, limits=limits, jobs=1, together=20))
+    fine, accident = "fine", "accident"
+    hows = [fine, fine, fine, accident, fine, "killed", "hang", accident, fine]
+    assert [(o.number, o.how) for o in found] == list(enumerate(hows))
+    # one process as long as all is well, then another
+    assert [o.done for o in found] == ["0", "1", "2", "3", "0", "1", "0", "0", "0"]
+    assert found[1].memory_mib > 80
+    assert found[4].memory_mib < 20
 
 
 def test_a_case_is_made_again_by_its_number(tmp_path):

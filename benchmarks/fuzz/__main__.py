@@ -4,7 +4,8 @@
     python -m benchmarks.fuzz --target slide --number 17      # one case again, and what it said
 
 Each case is a good input with something changed (bits, lengths, tags, sizes, offsets, bombs), and
-runs in a process of its own, which may hold and take only so much. Clean is a result or a
+runs in a process which may hold and take only so much; one serves several cases, one after another,
+as long as they are clean. Clean is a result or a
 ``WsiPipelineError``; any other exception, a signal, a time-out or too much memory is not. Prints
 one line a target and exits with 1 if any case is not clean. A case is a function of the seed, its
 target and its number, and of the versions of the libraries that wrote the good inputs (but for
@@ -29,6 +30,8 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
 from benchmarks.fuzz.executor import Limits, Outcome, run_cases  # noqa: E402
 from benchmarks.fuzz.targets import TARGETS, case, cases, prepare  # noqa: E402
 
+TOGETHER = 16
+"""Cases that one process runs, as long as they end clean."""
 _KIT = Path(os.environ.get("WSI_DATA", "../shared/data")) / "slides_broken"
 
 
@@ -55,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _again(names[0], options.number, options.seed, options.keep, limits)
     begun = time.monotonic()
     outcomes = list(
-        run_cases(cases(names, options.cases, options.seed), limits=limits, jobs=options.jobs)
+        run_cases(
+            cases(names, options.cases, options.seed),
+            limits=limits,
+            jobs=options.jobs,
+            together=TOGETHER,
+        )
     )
     for line in summary(outcomes):
         print(line)
