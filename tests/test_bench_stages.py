@@ -15,8 +15,8 @@ from wsi_pipeline.bench import subject as preparing
 from wsi_pipeline.bench.stages import HeldWindows, network_bytes, stages_of
 from wsi_pipeline.bench.subject import prepared
 from wsi_pipeline.bench.whole import Whole
+from wsi_pipeline.chunks import compress
 from wsi_pipeline.errors import JobError, ModelBundleError, SlideError
-from wsi_pipeline.ome import compress
 from wsi_pipeline.store import PredictionStore
 from wsi_pipeline.table import count_rows
 

@@ -2,13 +2,14 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.standin import StandIn
-from wsi_pipeline import pipeline
+from wsi_pipeline import pipeline, unchanged
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.job import SlideJob
@@ -49,7 +50,7 @@ def slides(tmp_path_factory):
 
 @pytest.fixture
 def slide(slides, tmp_path):
-    return shutil.copy(slides / "first.svs", tmp_path / "a.svs")
+    return Path(shutil.copy(slides / "first.svs", tmp_path / "a.svs"))
 
 
 def go(slide, out, predictor=None, *, stop=lambda: False, **facts):
@@ -110,6 +111,32 @@ def test_a_slide_that_changes_while_it_is_read_fails(slides, slide, tmp_path, ch
     assert not list(out.glob("objects/*")), "no table"
     if change is not remove:  # what is out of reach may come back as it was
         assert files(out) == {}, "nor blocks of two contents"
+
+
+@pytest.mark.parametrize("when", ["before the handle", "before the slide"])
+def test_another_file_that_was_there_only_while_it_was_opened_is_noticed(
+    slides, slide, tmp_path, monkeypatch, when
+):
+    """In the end the slide is back, as it was in the beginning."""
+    kept = slide.with_suffix(".kept")
+
+    def swapping(function):
+        def swapped(*args, **how):
+            if not kept.exists():
+                slide.rename(kept)
+                shutil.copy(slides / "second.svs", slide)
+            return function(*args, **how)
+
+        return swapped
+
+    if when == "before the handle":
+        monkeypatch.setattr(unchanged, "_handle", swapping(unchanged._handle))
+    else:
+        monkeypatch.setattr(pipeline.Slide, "open", swapping(pipeline.Slide.open))
+    report = go(slide, tmp_path / "out", Meddler(lambda: kept.rename(slide), at=0))
+    assert report.status == "failed"
+    assert "changed while it was read" in report.error["message"]
+    assert not list((tmp_path / "out" / "maps").glob("*.zarr"))
 
 
 def test_the_next_run_is_about_the_new_content(slides, slide, tmp_path):

@@ -11,7 +11,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wsi_pipeline import store as store_module
+from wsi_pipeline import chunks as chunks_module
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.errors import DiskFullError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
@@ -288,16 +288,9 @@ def test_a_block_is_on_the_disk_before_it_is_marked(tmp_path, monkeypatch):
     """A power cut may take whatever was not synced, but never the pixels of a marked block."""
     store, tiles = make(tmp_path / "a.zarr")
     events = []
-    real = store_module.sync
-    monkeypatch.setattr(store_module, "sync", lambda path: (events.append(path), real(path)))
-    marks = store._marks
-
-    class Marks:
-        def __setitem__(self, where, value):
-            events.append("mark")
-            marks[where] = value
-
-    store._marks = Marks()
+    real, mark = chunks_module.sync, store._mark
+    monkeypatch.setattr(chunks_module, "sync", lambda path: (events.append(path), real(path)))
+    monkeypatch.setattr(store, "_mark", lambda *how: (events.append("mark"), mark(*how)))
     store.write(block(store, tiles.tiles[0]))
     files = [p for p in store.path.rglob("c/**/*") if p.is_file() and "blocks" not in p.parts]
     chunks = {p for p in files if not re.search(r"_\d+x/", str(p))}  # pyramids are made anew

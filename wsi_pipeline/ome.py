@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from numcodecs.zstd import Zstd
-from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from wsi_pipeline.chunks import ZSTD_LEVEL
 from wsi_pipeline.geometry import PixelGrid
 
 __all__ = [
-    "check_chunk",
-    "compress",
     "create_array",
     "multiscale",
     "oddity",
     "ome_attributes",
 ]
-
-ZSTD_LEVEL = 1
 
 
 def create_array(
@@ -77,48 +70,6 @@ def oddity(array: zarr.Array[Any], shape: tuple[int, ...], chunks: tuple[int, ..
     if said["chunk_grid"]["name"] != "regular" or (array.shape, array.chunks) != (shape, chunks):
         return f"is {array.shape} in chunks of {array.chunks}, not {shape} in {chunks}"
     return None
-
-
-def compress(chunk: NDArray[np.uint8]) -> bytes:
-    """Return the bytes of the file in which :func:`create_array`'s arrays keep a chunk."""
-    return bytes(Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(chunk)))
-
-
-def check_chunk(folder: Path, array: zarr.Array[Any], index: tuple[int, ...]) -> None:
-    """Refuse a chunk that would be decompressed to more bytes than it has pixels.
-
-    Args:
-        folder: of the store.
-        array: one of its arrays.
-        index: of the chunk.
-
-    Raises:
-        ValueError: it says to be larger, or does not say how large it is.
-    """
-    path = folder / array.path / array.metadata.encode_chunk_key(index)
-    try:
-        with path.open("rb") as file:
-            head = file.read(18)
-    except FileNotFoundError:
-        return  # a chunk of zeros
-    size, most = _zstd_size(head), math.prod(array.chunks)
-    if size != most:
-        msg = f"{size} bytes in place of {most}"
-        raise ValueError(msg)
-
-
-def _zstd_size(head: bytes) -> int | None:
-    """Return the bytes that a Zstandard frame says to hold; RFC 8878, section 3.1.1.1."""
-    if head[:4] != b"\x28\xb5\x2f\xfd" or len(head) < 5:
-        return None
-    flags = head[4]
-    is_single = flags >> 5 & 1
-    width = (1, 2, 4, 8)[flags >> 6] if flags >> 6 or is_single else 0
-    at = 5 + (not is_single) + (0, 1, 2, 4)[flags & 3]
-    raw = head[at : at + width]
-    if not width or len(raw) < width:
-        return None
-    return int.from_bytes(raw, "little") + (256 if width == 2 else 0)
 
 
 def multiscale(

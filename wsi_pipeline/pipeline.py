@@ -197,9 +197,10 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
 def _opened(attempt: Attempt) -> Iterator[tuple[Slide, TissueMask]]:
     """Open the slide of an attempt and find its tissue."""
     job = attempt.job
-    with unchanged(job), ExitStack() as stack:
+    with unchanged(job) as opened, ExitStack() as stack:
         with attempt.stage("open"):
             slide = stack.enter_context(Slide.open(job.path, mpp=job.mpp))
+            opened()
         size = slide.pixel_size
         attempt.report.mpp = {"x": size.x, "y": size.y, "source": size.source}
         with attempt.stage("tissue"):

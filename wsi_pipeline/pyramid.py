@@ -15,12 +15,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from wsi_pipeline.chunks import ChunkFiles
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.ome import create_array, oddity
@@ -36,10 +38,11 @@ Pixels = NDArray[np.uint8]
 class Pyramid:
     """The copies ``<key>_2x``, ``_4x``, ... of one map. Safe in threads."""
 
-    def __init__(self, group: zarr.Group, key: str, *, average: bool) -> None:
+    def __init__(self, folder: Path, group: zarr.Group, key: str, *, average: bool) -> None:
         """Make the arrays, or find those that were made before.
 
         Args:
+            folder: of the group.
             group: the group that holds the map.
             key: path of the map.
             average: mean of 2 x 2 pixels (probabilities) instead of every second pixel (ids).
@@ -54,6 +57,10 @@ class Pyramid:
             self.levels.append(
                 _array(group, name) if made else create_array(group, name, shape, finer.chunks)
             )
+        self._files = [
+            ChunkFiles(folder / level.path, shape=level.shape, chunks=level.chunks)
+            for level in self.levels
+        ]
         # By level and chunk: whether something will be below it, how many of the chunks below
         # it are not there yet, and whether it is made.
         grids = [level.cdata_shape[-2:] for level in self.levels]
@@ -102,13 +109,19 @@ class Pyramid:
             self._make(level, row, column)
 
     def _make(self, level: int, row: int, column: int) -> None:
-        finer, coarse = self.levels[level - 1], self.levels[level]
+        finer, coarse = self._files[level - 1], self._files[level]
         (high, wide), (height, width) = coarse.chunks[-2:], coarse.shape[-2:]
         box = Box(x=column * wide, y=row * high, width=wide, height=high)
-        box = box.intersect(Box(x=0, y=0, width=width, height=height))
+        box = box.intersect(Box(x=0, y=0, width=width, height=height)).refine(2)
         # Odd sides of the finer level end within the last pixel of the coarse one.
-        pixels = np.asarray(finer[(..., *box.refine(2).slices)], np.uint8)
-        coarse[(..., *box.slices)] = self._halve(pixels)
+        box = box.intersect(Box(x=0, y=0, width=finer.shape[-1], height=finer.shape[-2]))
+        pixels = np.zeros((*finer.shape[:-2], box.height, box.width), np.uint8)
+        for down, along in np.ndindex(2, 2):
+            chunk = finer.read(2 * row + down, 2 * column + along)
+            if chunk is not None:
+                y, x = down * high, along * wide
+                pixels[..., y : y + chunk.shape[-2], x : x + chunk.shape[-1]] = chunk
+        coarse.write(row, column, self._halve(pixels))
         self._made[level][row, column] = True
 
     def _chunks(self, box: Box) -> tuple[slice, slice]:

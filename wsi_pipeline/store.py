@@ -18,9 +18,11 @@ gives it its final name. A visible store is a finished one.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,16 +34,16 @@ from zarr.errors import ContainsGroupError, NodeNotFoundError
 
 from wsi_pipeline.arrays import ChunkCache, make_template, open_arrays
 from wsi_pipeline.checked import fits
+from wsi_pipeline.chunks import ChunkFiles, sync_chunks
 from wsi_pipeline.durable import (
     disk_errors,
     partial_path,
     publish_directory,
     remove_tree,
-    sync,
 )
 from wsi_pipeline.errors import FolderGoneError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.ome import check_chunk, multiscale, ome_attributes
+from wsi_pipeline.ome import multiscale, ome_attributes
 from wsi_pipeline.pyramid import Pyramid
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import Tile, TileGrid
@@ -105,9 +107,13 @@ class PredictionStore:
         self._group = group
         self._groups = {head.name: _group(group, head.name) for head in self.spec.heads}
         self._maps = self.spec.maps
-        self._arrays, self._marks = open_arrays(group, self.spec, self.grid, self.tile_px)
+        self._arrays, marks = open_arrays(group, self.spec, self.grid, self.tile_px)
+        self._files = {key: _files(path, array) for key, array in self._arrays.items()}
+        self._marks = _files(path, marks)
         self._marking = threading.Lock()
-        self._blocks: Pixels = np.asarray(self._marks[:], np.uint8)
+        rows = (self._marks.read(row, 0) for row in range(marks.shape[0]))
+        none = np.zeros(marks.chunks, np.uint8)
+        self._blocks: Pixels = np.concatenate([none if row is None else row for row in rows])
         self._cache = ChunkCache(CACHE_BYTES)
         self._pyramids: dict[str, Pyramid] = {}
 
@@ -159,7 +165,7 @@ class PredictionStore:
         missing = self.missing(tiles).tiles
         written = [tile for tile in tiles.tiles if self._blocks[tile.row, tile.column]]
         for key, head in self._maps.items():
-            pyramid = Pyramid(self._group, key, average=key.endswith("/prob"))
+            pyramid = Pyramid(self.path, self._group, key, average=key.endswith("/prob"))
             pyramid.expect(
                 [tile.write.coarsen(head.stride) for tile in written],
                 [tile.write.coarsen(head.stride) for tile in missing],
@@ -210,20 +216,27 @@ class PredictionStore:
             msg = f"a block must hold {sorted(self._arrays)}, not {sorted(block.arrays)}"
             raise StoreError(msg)
         self.require_there()
-        with disk_errors(self.path):
+        with disk_errors(self.path), self._not_elsewhere():
+            written: list[Path] = []
             for key, pixels in block.arrays.items():
                 box = block.tile.write.coarsen(self._maps[key].stride)
-                self._write_chunks(key, box, pixels)
-                self._sync_chunks(key, box, pixels)
-            row = block.tile.row
-            with self._marking:
-                self._blocks[row, block.tile.column] = max(1, int(WHOLE * readable))
-                self._marks[row : row + 1] = self._blocks[row : row + 1]
+                written += self._write_chunks(key, box, pixels)
+            # All at once: the first of them flushes what the others wait for. A block that is
+            # marked outlives a power cut.
+            sync_chunks(written)
+            self._mark(block.tile, readable)
             for key, pyramid in self._pyramids.items():
                 pyramid.update(block.tile.write.coarsen(self._maps[key].stride))
 
-    def _write_chunks(self, key: str, box: Box, pixels: Pixels) -> None:
-        array = self._arrays[key]
+    def _mark(self, tile: Tile, readable: float) -> None:
+        row = tile.row
+        with self._marking:
+            self._blocks[row, tile.column] = max(1, int(WHOLE * readable))
+            mark = self._marks.write(row, 0, self._blocks[row : row + 1])
+        sync_chunks([mark] if mark else [])
+
+    def _write_chunks(self, key: str, box: Box, pixels: Pixels) -> list[Path]:
+        array = self._files[key]
         expected = (*array.shape[:-2], box.height, box.width)
         whole = all(
             start % chunk == 0 and (stop % chunk == 0 or stop == side)
@@ -240,31 +253,30 @@ class PredictionStore:
                 f"({box.x}, {box.y}); got {pixels.dtype} {pixels.shape}"
             )
             raise StoreError(msg)
-        array[(..., *box.slices)] = pixels
+        high, wide = array.chunks[-2:]
+        paths = [
+            array.write(
+                (box.y + y) // high, (box.x + x) // wide, pixels[..., y : y + high, x : x + wide]
+            )
+            for y in range(0, box.height, high)
+            for x in range(0, box.width, wide)
+        ]
+        return [path for path in paths if path is not None]
 
-    def _sync_chunks(self, key: str, box: Box, pixels: Pixels) -> None:
-        """Flush the chunks of a box to the disk: a block that is marked outlives a power cut.
+    @contextmanager
+    def _not_elsewhere(self) -> Iterator[None]:
+        """Tell of a store that goes while it is written.
 
         Raises:
-            FolderGoneError: they are not there; they were written to another folder of the name.
+            FolderGoneError: a file of it, or a folder, is not there.
         """
-        array = self._arrays[key]
-        high, wide = array.chunks[-2:]
-        folder = self.path.joinpath(key, "c", *["0"] * (array.ndim - 2))
-        for row in range(box.y // high, -(-box.y1 // high)):
-            for column in range(box.x // wide, -(-box.x1 // wide)):
-                place = Box(x=column * wide, y=row * high, width=wide, height=high)
-                inside = place.intersect(box).relative_to(box).slices
-                if pixels[(..., *inside)].any():  # a chunk of zeros has no file
-                    self._sync(folder / str(row) / str(column))
-                    self._sync(folder / str(row))
-
-    def _sync(self, path: Path) -> None:
         try:
-            sync(path)
-        except FileNotFoundError:
+            yield
+        except FileNotFoundError as error:
             self.require_there()
-            raise FolderGoneError(f"{path} was written and is gone") from None
+            raise FolderGoneError(
+                f"{error.filename} was away; run the same command again"
+            ) from None
 
     def read(self, key: str, box: Box) -> Pixels:
         """Read a window of a map.
@@ -276,7 +288,7 @@ class PredictionStore:
         Returns:
             ``(C, h, w)`` or ``(h, w)`` uint8, a fresh array.
         """
-        array = self._arrays[key]
+        array = self._files[key]
         out = np.zeros((*array.shape[:-2], box.height, box.width), np.uint8)
         grid_box = Box(x=0, y=0, width=array.shape[-1], height=array.shape[-2])
         inner = box.intersect(grid_box)
@@ -301,21 +313,16 @@ class PredictionStore:
         return self._cache.get((key, box), lambda: self._decode(key, box))
 
     def _decode(self, key: str, box: Box) -> Pixels | None:
-        array = self._arrays[key]
-        place = box.y // array.chunks[-2], box.x // array.chunks[-1]
+        array = self._files[key]
         try:
-            check_chunk(self.path, array, (0,) * (array.ndim - 2) + place)
-            pixels = np.asarray(array[(..., *box.slices)], np.uint8)
+            with self._not_elsewhere():
+                return array.read(box.y // array.chunks[-2], box.x // array.chunks[-1])
         except (RuntimeError, ValueError) as error:
             msg = (
                 f"{self.path}: the chunk of {key} at ({box.x}, {box.y}) is damaged ({error}); "
                 "run the slide again with --overwrite"
             )
             raise StoreError(msg) from error
-        if pixels.any():
-            return pixels
-        self.require_there()  # chunks of zeros have no file, and nor have those of a lost folder
-        return None
 
     def require_there(self) -> None:
         """Check that the store has not been taken away, as with a disk that is unmounted.
@@ -362,7 +369,7 @@ class PredictionStore:
         if final == self.path:
             return self
         self.require_there()
-        with disk_errors(final):
+        with disk_errors(final), self._not_elsewhere():
             entries = []
             for key in self._arrays:
                 head = self._maps[key]
@@ -376,14 +383,30 @@ class PredictionStore:
                         classes=head.classes,
                     )
                 )
-            for head in self.spec.heads:
-                own = [m for m in entries if self._maps[m["name"]] is head]
-                self._groups[head.name].attrs["ome"] = ome_attributes(own, below=head.name)
-            self._group.attrs["ome"] = ome_attributes(entries)
+            self._describe(entries)
             for orphan in self.path.rglob("*.partial"):
                 orphan.unlink()
             publish_directory(self.path, final)
         return PredictionStore.open(final)
+
+    def _describe(self, entries: list[dict[str, Any]]) -> None:
+        """Write what viewers ask for, and look whether it has come where it belongs.
+
+        Raises:
+            FolderGoneError: it has not; zarr makes folders that are gone anew, in another place.
+        """
+        names = {"": ome_attributes(entries)}
+        for head in self.spec.heads:
+            own = [m for m in entries if self._maps[m["name"]] is head]
+            names[head.name] = ome_attributes(own, below=head.name)
+        for name, attributes in names.items():
+            self.require_there()
+            group = self._groups[name] if name else self._group
+            group.attrs["ome"] = attributes
+        for name, attributes in names.items():
+            said = json.loads((self.path / name / "zarr.json").read_text())["attributes"]
+            if said.get("ome") != json.loads(json.dumps(attributes)):
+                raise FolderGoneError(f"{self.path} was away while it was completed; run again")
 
 
 def open_maps(path: Path | str) -> dict[str, da.Array]:
@@ -427,6 +450,10 @@ def _open(path: Path, mode: Literal["r", "r+"]) -> PredictionStore | None:
     except Exception as error:  # damaged words lead zarr into accidents of any kind
         log.warning("%s cannot be used: %s", path.name, error)
         return None
+
+
+def _files(path: Path, array: zarr.Array[Any]) -> ChunkFiles:
+    return ChunkFiles(path / array.path, shape=array.shape, chunks=array.chunks)
 
 
 def _group(group: zarr.Group, key: str) -> zarr.Group:

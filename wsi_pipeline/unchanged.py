@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,11 +15,14 @@ __all__ = ["unchanged"]
 
 
 @contextmanager
-def unchanged(job: SlideJob) -> Iterator[None]:
+def unchanged(job: SlideJob) -> Iterator[Callable[[], None]]:
     """Fail, whatever else happens meanwhile, if a file of a job is changed while it is read inside.
 
     Blocks that were predicted are thrown away: nobody knows of which content they are. If the
     slide is merely out of reach, they are kept.
+
+    Yields:
+        To be called when the slide has been opened: whether it is still the file that is watched.
 
     Raises:
         SlideError, MaskError: it was changed.
@@ -28,15 +31,26 @@ def unchanged(job: SlideJob) -> Iterator[None]:
     # The very file that is read: another may take its name, and give it back.
     file = _handle(job.path)
     begun = _stamp(file)
+
+    def opened() -> None:
+        changed = job.changed_input()
+        if changed is not None and changed.exists():
+            raise _Otherwise(changed)  # since the job was named
+        if file is not None and _is_another(job.path, file):
+            raise _Otherwise(Path(job.path))  # since the handle was opened
+
     try:
-        yield
+        yield opened
     except Exception as error:
         problem = error
     finally:
         ended = _stamp(file)
         if file is not None:
             os.close(file)
-    changed = Path(job.path) if ended != begun else job.changed_input()
+    if isinstance(problem, _Otherwise):
+        changed: Path | None = problem.path
+    else:
+        changed = Path(job.path) if ended != begun else job.changed_input()
     if changed is not None:
         if ended != begun or changed.exists():
             remove_tree(partial_path(job.maps_path))
@@ -47,6 +61,20 @@ def unchanged(job: SlideJob) -> Iterator[None]:
         raise (MaskError if changed == job.mask else SlideError)(msg) from problem
     if problem is not None:
         raise problem
+
+
+class _Otherwise(Exception):  # noqa: N818 - a state, not a fault
+    """A file is not the one that the job was named after."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
+def _is_another(path: str, file: int) -> bool:
+    with suppress(OSError):  # out of reach, which reading will tell
+        return not os.path.samestat(Path(path).stat(), os.fstat(file))
+    return False
 
 
 def _handle(path: str) -> int | None:

@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 from wsi_pipeline.bench.rates import dense_flops, matrix_rate, memory_rate
 from wsi_pipeline.bench.subject import Subject
 from wsi_pipeline.bench.timing import Clock, Limit, Stage, Stopwatch, in_threads
+from wsi_pipeline.chunks import compress
 from wsi_pipeline.durable import publish_directory, remove_tree
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.instances import extract_objects
 from wsi_pipeline.instances.kernels import find_runs
 from wsi_pipeline.machine import available_cpus
-from wsi_pipeline.ome import compress
 from wsi_pipeline.pipeline import TISSUE_MPP
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.store import PredictionBlock, PredictionStore
