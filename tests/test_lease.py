@@ -75,9 +75,93 @@ def test_another_process_of_the_same_number_is_not_the_holder(path):
     Lease.take(path)
     own = read_holder(path)
     assert not own.has_ended
-    facts = {**own.facts, "born": own.facts["born"] - 100}
+    facts = {**own.facts, "born": str(int(own.facts["born"]) - 100)}
     path.write_text(json.dumps(facts))
     assert read_holder(path).has_ended
+
+
+def test_a_clock_that_was_put_right_makes_nobody_another(path, monkeypatch):
+    """When a machine booted is told by its clock, and with it when its processes began."""
+    with_old_clock = Lease.take(path)
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1.0, raising=False)
+    assert not read_holder(path).has_ended
+    with_old_clock.release()
+
+
+JUNK = {
+    "nested": b"[" * 1024,
+    "nested objects": b'{"a":' * 200,
+    "no text": bytes(range(256)) * 4,
+    "nothing": b"",
+    "zeros": bytes(1024),
+    "born is a word": {"machine": lease._machine(), "pid": os.getpid(), "born": "x"},
+    "born is null": {"machine": lease._machine(), "pid": os.getpid(), "born": None},
+    "pid is a word": {"machine": "z", "pid": "abc"},
+    "pid is huge": {"machine": lease._machine(), "pid": 10**30},
+    "pid is large": {"machine": lease._machine(), "pid": 2**62},
+    "pid is negative": {"machine": lease._machine(), "pid": -5},
+    "pid is endless": b'{"machine": "z", "pid": Infinity, "for_s": Infinity, "done": NaN}',
+    "lists": {"machine": [1], "pid": [1], "for_s": "x", "stage": ["predict"]},
+    "restart is a word": {"job": "77", "restart": "x", "machine": "z"},
+}
+
+
+@pytest.mark.parametrize("name", JUNK)
+def test_junk_is_somebody_unknown_until_it_is_old(path, monkeypatch, name):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    path.parent.mkdir()
+    content = JUNK[name]
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    holder = read_holder(path)
+    assert json.loads(json.dumps(holder.facts)) == dict(holder.facts)
+    assert holder.name
+    if not holder.has_ended:
+        with pytest.raises(SlideBusyError):
+            Lease.take(path)
+        os.utime(path, (0, 0))
+    Lease.take(path).release()
+
+
+def test_a_link_is_nobody_and_leads_nowhere(path, tmp_path):
+    path.parent.mkdir()
+    victim = tmp_path / "victim"
+    for exists in (False, True):
+        if exists:
+            victim.write_text("mine")
+        path.symlink_to(victim)
+        assert read_holder(path) is None
+        Lease.take(path).release()
+    assert victim.read_text() == "mine"
+
+
+def test_what_is_no_file_is_an_error_and_no_endless_wait(path):
+    path.mkdir(parents=True)
+    assert read_holder(path) is None
+    with pytest.raises(OSError, match="directory"):
+        Lease.take(path)
+    path.rmdir()
+    os.mkfifo(path)
+    assert read_holder(path) is None
+    with pytest.raises(OSError):  # noqa: PT011 - seek on a pipe, as each system names it
+        Lease.take(path)
+
+
+def test_a_sign_of_life_from_the_future_counts_from_when_it_was_seen(path, monkeypatch):
+    left_behind(path, age_s=-86400)
+    clock = [0.0]
+    monkeypatch.setattr(lease.time, "monotonic", lambda: clock[0])
+    for now in (0.0, DEAD_AFTER_S - 1):
+        clock[0] = now
+        with pytest.raises(SlideBusyError, match=f"last alive {now:.0f} s ago"):
+            lease.remove_if_dead(path)
+    os.utime(path, (9e9, 9e9))  # it lives
+    clock[0] = DEAD_AFTER_S + 1
+    with pytest.raises(SlideBusyError, match="last alive 0 s ago"):
+        lease.remove_if_dead(path)
+    clock[0] += DEAD_AFTER_S
+    lease.remove_if_dead(path)
+    assert not path.exists()
 
 
 def test_elsewhere_the_last_sign_of_life_decides(path):

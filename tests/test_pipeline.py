@@ -22,7 +22,7 @@ from wsi_pipeline.durable import partial_path
 from wsi_pipeline.engines import run_slides
 from wsi_pipeline.errors import OutOfMemoryError
 from wsi_pipeline.history import deaths
-from wsi_pipeline.job import SlideJob
+from wsi_pipeline.job import SlideJob, read_report
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.store import PredictionBlock, PredictionStore, open_maps
 from wsi_pipeline.synth import write_slide
@@ -563,6 +563,19 @@ def test_a_slide_of_another_process_comes_last_once_it_is_free(slide, tmp_path, 
     assert [r.status for r in reports] == ["done", "done"]
     assert [name for name, *_ in watcher.ended] == ["b", "a"]
     assert set(os.listdir(tmp_path / "logs")) == {"a.jsonl", "b.jsonl"}
+
+
+@pytest.mark.parametrize("what", ["gone", "damaged"])
+def test_tables_that_cannot_be_made_again_are_not_taken_back(slide, tmp_path, what):
+    go(slide, tmp_path, keep_maps=what == "damaged")
+    if what == "damaged":
+        (tmp_path / "maps" / "a.zarr" / "zarr.json").write_text("{}")
+    before = results(tmp_path)
+    report = go(slide, tmp_path, only="objects", overwrite=True)
+    assert report.status == "failed"
+    assert "stay as they are" in report.error["message"]
+    assert results(tmp_path) == before
+    assert read_report(tmp_path / "reports" / "a.json").done
 
 
 @pytest.mark.parametrize("it_was_done", [True, False])

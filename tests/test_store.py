@@ -1,6 +1,7 @@
 """The prediction store: whole chunks, resume, seal, and what other tools make of it."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from wsi_pipeline import chunks as chunks_module
 from wsi_pipeline.durable import partial_path
-from wsi_pipeline.errors import DiskFullError, StoreError
+from wsi_pipeline.errors import DiskFullError, FolderGoneError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.store import PredictionBlock, PredictionStore, open_maps
@@ -296,3 +297,59 @@ def test_a_block_is_on_the_disk_before_it_is_marked(tmp_path, monkeypatch):
     chunks = {p for p in files if not re.search(r"_\d+x/", str(p))}  # pyramids are made anew
     assert len(chunks) == len(store.keys)
     assert chunks <= set(events[: events.index("mark")])
+
+
+def test_no_coarse_chunk_is_made_of_a_map_that_is_away(tmp_path, monkeypatch):
+    """A mount that goes after a block was marked, and comes back before the next one."""
+    grid = PixelGrid(origin=(0.0, 0.0), spacing=(1.0, 1.0), size=(1024, 1024))
+    tiles = TileGrid.cover(grid, tile_px=512, halo_px=0)
+    spec = ModelSpec(
+        name="t", architecture="none", mpp=0.5, halo_px=0, options={}, heads=SPEC.heads[:1]
+    )
+    how = {"spec": spec, "tiles": tiles, "pixel_size": (0.5, 0.5), "made": {}}
+    store = PredictionStore.create(tmp_path / "a.zarr", **how)
+    blocks = [
+        PredictionBlock(tile=t, arrays={"cells/prob": np.ones((2, 512, 512), np.uint8)})
+        for t in tiles.tiles
+    ]
+    for one in blocks[:-1]:
+        store.write(one)
+    mark = store._mark
+
+    def marked_then_away(*args):
+        mark(*args)
+        store.path.rename(tmp_path / "away")
+
+    monkeypatch.setattr(store, "_mark", marked_then_away)
+    with pytest.raises(FolderGoneError):
+        store.write(blocks[-1])
+    assert not store.path.exists(), "nothing is made in its place"
+    (tmp_path / "away").rename(store.path)
+    again = PredictionStore.create(tmp_path / "a.zarr", **how)
+    assert not again.missing(tiles).tiles
+    sealed = zarr.open_group(again.seal().path, mode="r")
+    assert sealed["cells/prob_2x"][:].all()
+
+
+def test_a_store_that_is_away_while_it_is_described_is_not_sealed(tmp_path, monkeypatch):
+    store, tiles = make(tmp_path / "a.zarr")
+    fill(store, tiles)
+    real, calls = PredictionStore.require_there, []
+
+    def flicker(self):
+        calls.append(1)
+        if len(calls) == 4:
+            shutil.rmtree(self.path)
+            (tmp_path / "away").rename(self.path)
+        real(self)
+        if len(calls) == 3:  # a head is described elsewhere
+            self.path.rename(tmp_path / "away")
+
+    monkeypatch.setattr(PredictionStore, "require_there", flicker)
+    with pytest.raises(FolderGoneError, match="was away"):
+        store.seal()
+    monkeypatch.undo()
+    assert not (tmp_path / "a.zarr").exists()
+    whole, _ = make(tmp_path / "b.zarr")
+    fill(whole, tiles)
+    assert tree(make(tmp_path / "a.zarr")[0].seal().path) == tree(whole.seal().path)

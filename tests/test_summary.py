@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -147,14 +149,17 @@ def test_the_command_names_what_is_not_done_failed_slides_last(out):
     assert CliRunner().invoke(wsi, ["summary", str(out / "logs")]).exit_code == 2
 
 
-def test_a_dead_lease_of_a_done_slide_goes(out):
+def test_dead_leases_of_slides_that_have_ended_and_of_the_run_go(out):
     for name in "ab":
         report(out, name)
+    report(out, "c", status="failed", error=WHY)
     dead = lease(out, "a", age_s=10_000)
+    of_failed = lease(out, "c", age_s=10_000)
+    of_run = Path(shutil.copy2(dead, out / ".run.lease"))
     alive = Lease.take(job(out, "b").lease_path)
     try:
         write_summary(read_cohort(out))
-        assert not dead.exists()
+        assert not any(path.exists() for path in (dead, of_failed, of_run))
         assert job(out, "b").lease_path.exists()
     finally:
         alive.release()

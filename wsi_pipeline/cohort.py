@@ -172,7 +172,9 @@ class _Look:
         if report and counts and report.done:
             return replace(own, state="done")
         holder = self._holder(files)
-        if holder is not None and not holder.has_ended and self.now - holder.beat < DEAD_AFTER_S:
+        # A beat in the future is as bad as an old one: a process that lives writes a new one soon.
+        silent_s = 0.0 if holder is None else abs(self.now - holder.beat)
+        if holder is not None and not holder.has_ended and silent_s < DEAD_AFTER_S:
             return replace(blank, state="running", reason=f"by {holder.name}", holder=holder)
         if report and counts:
             return replace(own, state=report.status, reason=report.reason)

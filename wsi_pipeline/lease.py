@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from wsi_pipeline.checked import fits, parse_json
 from wsi_pipeline.durable import filesystem_time
 from wsi_pipeline.errors import SlideBusyError
 from wsi_pipeline.machine import pause
@@ -49,6 +50,21 @@ HEARTBEAT_S = 10.0
 """How often a lease is written anew."""
 DEAD_AFTER_S = 120.0
 """Without a sign of life for so long, a process that cannot be asked counts as dead."""
+_FACTS: dict[str, Any] = {
+    "host": str,
+    "machine": str,
+    "pid": int,
+    "born": str,
+    "job": str | None,
+    "restart": int,
+    "since": str,
+    "for_s": float,
+    "stage": str,
+    "done": int,
+    "total": int,
+    "released": bool,
+}
+"""What a lease may say."""
 _BYTES = 1024
 """Size of the file: always the same, so that a write needs no space and is never seen in part."""
 
@@ -78,15 +94,12 @@ class Holder:
         if facts.get("released"):
             return True
         if facts.get("machine") == _machine():
-            try:
-                born = psutil.Process(int(facts["pid"])).create_time()
-            except (psutil.Error, KeyError, TypeError, ValueError):
-                return True
-            return bool(abs(born - float(facts.get("born", born))) > 1)
+            born = _born(facts.get("pid", -1))
+            return born is None or facts.get("born", born) != born
         job, restart = slurm_job()
         # Slurm starts a task again only when the start before it has ended.
         same = job is not None and facts.get("job") == job
-        return same and int(facts.get("restart", 0)) < restart
+        return same and bool(facts.get("restart", 0) < restart)
 
 
 class Lease:
@@ -201,11 +214,13 @@ def alone(path: Path) -> Iterator[None]:
 def read_holder(path: Path) -> Holder | None:
     """Return who holds a lease; None where nobody does."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     try:
         return _holder(descriptor)
+    except OSError:  # no file at all
+        return None
     finally:
         os.close(descriptor)
 
@@ -215,19 +230,25 @@ def remove_if_dead(path: Path) -> None:
 
     Raises:
         SlideBusyError: its process lives.
+        OSError: it is no file, and cannot be removed.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
         return  # released meanwhile
+    except OSError:
+        if not path.is_symlink():
+            raise
+        path.unlink(missing_ok=True)  # no process of ours has made it
+        return
     try:
         with suppress(OSError):  # no locks here: a process that is robbed sees that it lost
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         holder = _holder(descriptor)
-        age = filesystem_time(path.parent) - holder.beat
+        age = max(filesystem_time(path.parent) - holder.beat, _unchanged_s(path, holder))
         if not holder.has_ended and age < DEAD_AFTER_S:
             msg = (
-                f"another process is at work: {holder.name}, last alive {max(0, age):.0f} s ago. "
+                f"another process is at work: {holder.name}, last alive {age:.0f} s ago. "
                 f"Wait for it, or use another --out; a process that is not heard of for "
                 f"{DEAD_AFTER_S:.0f} s counts as dead."
             )
@@ -240,11 +261,29 @@ def remove_if_dead(path: Path) -> None:
 
 def _holder(descriptor: int) -> Holder:
     try:
-        facts = json.loads(os.pread(descriptor, _BYTES, 0))
+        said = parse_json(os.pread(descriptor, _BYTES, 0).decode())
     except ValueError:  # created, and not yet written
-        facts = {}
-    beat = os.fstat(descriptor).st_mtime
-    return Holder(facts=facts if isinstance(facts, dict) else {}, beat=beat)
+        said = {}
+    said = said if isinstance(said, dict) else {}
+    facts = {k: said[k] for k, kind in _FACTS.items() if k in said and fits(said[k], kind)}
+    return Holder(facts=facts, beat=os.fstat(descriptor).st_mtime)
+
+
+_beats: dict[Path, tuple[float, float]] = {}
+"""The last beat of each lease that this process has asked for, and when it was seen first."""
+
+
+def _unchanged_s(path: Path, holder: Holder) -> float:
+    """Return for how long, by our own clock, a lease has given no sign of life.
+
+    The time of a file may lie in the future: of a restored copy, or where a clock was put back.
+    """
+    now = time.monotonic()
+    beat, since = _beats.get(path, (None, now))
+    if beat != holder.beat:
+        since = now
+        _beats[path] = holder.beat, now
+    return now - since
 
 
 def _is_at(path: Path, inode: int) -> bool:
@@ -262,7 +301,7 @@ def _own_facts() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "born": psutil.Process().create_time(),
+        "born": _born(os.getpid()),
         "job": job,
         "restart": restart,
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -270,6 +309,19 @@ def _own_facts() -> dict[str, Any]:
         "done": 0,
         "total": 0,
     }
+
+
+def _born(pid: int) -> str | None:
+    """Return when a process of this machine began; None if there is no such process."""
+    try:
+        # Linux counts from its start: when the clock is put right, seconds since 1970 change.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        return f"{psutil.Process(pid).create_time():.0f}"
+    except (psutil.Error, ValueError, OverflowError):
+        return None
 
 
 def slurm_job() -> tuple[str | None, int]:

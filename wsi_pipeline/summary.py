@@ -91,11 +91,11 @@ def write_summary(cohort: Cohort) -> tuple[Path, Path]:
     files = cohort.folder / "summary.parquet", cohort.folder / "summary.csv"
     for path, content in zip(files, (sink.getvalue(), text.getvalue().encode()), strict=True):
         _replace(path, content)
-    # Killed after its last word, a process leaves the lease of a slide that nobody begins again.
-    for own in cohort.states:
-        if own.state == "done":
-            with suppress(SlideBusyError, OSError):
-                remove_if_dead(cohort.folder / "logs" / f"{own.slide_id}.lease")
+    # Killed after its last word, a process leaves a lease that nobody takes again.
+    ended = (own.slide_id for own in cohort.states if own.state in ("done", "failed"))
+    for name in (".run.lease", *(f"logs/{slide_id}.lease" for slide_id in ended)):
+        with suppress(SlideBusyError, OSError):
+            remove_if_dead(cohort.folder / name)
     # What belongs to no slide, nobody else would sweep up.
     for path in (*files, *(cohort.folder / name for name in ("run.json", "clock", "logs/clock"))):
         sweep_shared(path)

@@ -17,13 +17,14 @@ from wsi_pipeline.attempt import Attempt, record, refuse, take_lease
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
 from wsi_pipeline.engines.folders import Folders
 from wsi_pipeline.engines.watcher import Watcher
-from wsi_pipeline.errors import SlideBusyError, SlideError, WsiPipelineError
+from wsi_pipeline.errors import SlideBusyError, SlideError, StoreError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
 from wsi_pipeline.lease import slurm_job
 from wsi_pipeline.machine import pause
 from wsi_pipeline.pipeline import Predicted, polygonize, predict, reopen
+from wsi_pipeline.store import PredictionStore
 
 __all__ = ["Only", "run_slides"]
 
@@ -199,6 +200,8 @@ class _Run:
         if self._passed_over(job):
             return None
         _require_slide(job)
+        if self.only == "objects" and finished_report(job) is not None:
+            _require_maps(job)
         with ExitStack() as stack:
             lease = take_lease(job)
             stack.callback(lease.release)
@@ -306,6 +309,22 @@ def _require_slide(job: SlideJob) -> None:
             "leave it out."
         )
         raise SlideError(msg)
+
+
+def _require_maps(job: SlideJob) -> None:
+    """Refuse to take back tables that cannot be made again.
+
+    Raises:
+        StoreError: the maps of a slide that is done are not there, or damaged.
+    """
+    try:
+        PredictionStore.open(job.maps_path)
+    except StoreError as error:
+        msg = (
+            f"{error} The tables that were made of it stay as they are; to make them again, run "
+            "with --overwrite and without --only."
+        )
+        raise StoreError(msg) from error
 
 
 def _clear(job: SlideJob, *, maps: bool) -> None:
