@@ -565,6 +565,12 @@ def test_a_slide_of_another_process_comes_last_once_it_is_free(slide, tmp_path, 
     assert set(os.listdir(tmp_path / "logs")) == {"a.jsonl", "b.jsonl"}
 
 
+def test_a_log_that_cannot_be_written_is_said_once(slide, tmp_path, caplog):
+    (tmp_path / "logs" / "a.jsonl").mkdir(parents=True)
+    assert go(slide, tmp_path).status == "done"
+    assert len([r for r in caplog.records if "no line could be logged" in r.getMessage()]) == 1
+
+
 @pytest.mark.parametrize("what", ["gone", "damaged"])
 def test_tables_that_cannot_be_made_again_are_not_taken_back(slide, tmp_path, what):
     go(slide, tmp_path, keep_maps=what == "damaged")

@@ -64,6 +64,7 @@ class Attempt:
         self._lease = lease or take_lease(job)
         self.stage_name = "open"
         self._outer: str | None = None
+        self._log_failed = False
         self.predicted_px = 0
         """Pixels of the working grid that this try has predicted."""
         self.report = RunReport(
@@ -156,7 +157,9 @@ class Attempt:
             append_event(self.job.log_path, self.job.redaction.value(line))
         except OSError as problem:
             # A full disk must not keep the slide from ending with the right code.
-            logger.warning("%s: no line could be logged: %s", self.job.slide_id, problem)
+            if not self._log_failed:
+                logger.warning("%s: no line could be logged: %s", self.job.slide_id, problem)
+            self._log_failed = True
 
     def add_output(self, path: Path) -> None:
         """List a finished file (or folder of maps) in the report."""
