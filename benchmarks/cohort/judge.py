@@ -86,8 +86,18 @@ def _other_bytes(cohort: Cohort, results: Path, reference: Path) -> list[str]:
                 wrong.append(f"{part}: other bytes than undisturbed")
         maps = f"maps/{name}.zarr"
         if folder_facts(results / maps) != folder_facts(reference / maps):
-            wrong.append(f"{maps}: other bytes than undisturbed")
+            files = ", ".join(_other_files(results / maps, reference / maps)[:5])
+            wrong.append(f"{maps}: other bytes than undisturbed: {files}")
     return wrong
+
+
+def _other_files(results: Path, reference: Path) -> list[str]:
+    ours, theirs = (
+        {path.relative_to(root): file_digest(path) for path in root.rglob("*") if path.is_file()}
+        for root in (results, reference)
+    )
+    names = ours.keys() | theirs.keys()
+    return sorted(str(name) for name in names if ours.get(name) != theirs.get(name))
 
 
 def _orphans(results: Path) -> list[str]:
