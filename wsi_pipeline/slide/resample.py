@@ -19,6 +19,8 @@ __all__ = ["AxisTaps", "area_mean", "axis_taps", "resample", "ycc_to_rgb"]
 
 _UNITY = 2048
 """Weights of one axis add up to this: 11 bits, so that 11 + 11 + 8 bits fit an int32."""
+_SHIFT = 22
+"""Of those of both axes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,26 +146,60 @@ def _add_line_loops(line: NDArray[np.uint8], weight: int, total: NDArray[np.int3
         total[i] += np.int32(weight) * np.int32(line[i])
 
 
+def _sum_three_lines_loops(
+    lines: NDArray[np.uint8], weights: NDArray[np.int32], total: NDArray[np.int32]
+) -> None:
+    top, middle, bottom = lines[0], lines[1], lines[2]
+    first, second, third = weights[0], weights[1], weights[2]
+    for i in range(top.size):
+        total[i] = (
+            first * np.int32(top[i]) + second * np.int32(middle[i]) + third * np.int32(bottom[i])
+        )
+
+
 def _blend_columns_loops(
     total: NDArray[np.int32],
     first: NDArray[np.int32],
     weights: NDArray[np.int32],
     line: NDArray[np.uint8],
 ) -> None:
+    half = np.int32(_UNITY * _UNITY // 2)
     for i in range(first.size):
         if first[i] < 0:
             line[i * 3 : i * 3 + 3] = 255
             continue
         at = first[i] * 3
-        red = green = blue = _UNITY * _UNITY // 2
+        red = green = blue = half
         for t in range(weights.shape[1]):
             weight = weights[i, t]
             red += weight * total[at + t * 3]
             green += weight * total[at + t * 3 + 1]
             blue += weight * total[at + t * 3 + 2]
-        line[i * 3] = red // (_UNITY * _UNITY)
-        line[i * 3 + 1] = green // (_UNITY * _UNITY)
-        line[i * 3 + 2] = blue // (_UNITY * _UNITY)
+        line[i * 3] = red >> _SHIFT
+        line[i * 3 + 1] = green >> _SHIFT
+        line[i * 3 + 2] = blue >> _SHIFT
+
+
+def _blend_three_columns_loops(
+    total: NDArray[np.int32],
+    first: NDArray[np.int32],
+    weights: NDArray[np.int32],
+    line: NDArray[np.uint8],
+) -> None:
+    # Without signs, an index is no candidate for one from the end, which would cost a branch.
+    channels = np.uint64(0), np.uint64(1), np.uint64(2)
+    half, three, six = np.int32(_UNITY * _UNITY // 2), np.uint64(3), np.uint64(6)
+    for i in range(first.size):
+        to = np.uint64(i) * three
+        if first[i] < 0:
+            for c in channels:
+                line[to + c] = 255
+            continue
+        at = np.uint64(first[i]) * three
+        left, middle, right = weights[i, 0], weights[i, 1], weights[i, 2]
+        for c in channels:
+            value = left * total[at + c] + middle * total[at + three + c]
+            line[to + c] = (value + right * total[at + six + c] + half) >> _SHIFT
 
 
 def _resample_loops(
@@ -184,12 +220,18 @@ def _resample_loops(
         if y_first[j] < 0:
             line[:] = 255
             continue
-        total[:] = 0
-        for t in range(y_weights.shape[1]):
-            if y_weights[j, t]:
-                pixels = source[y_first[j] + t, columns[0] * 3 : columns[1] * 3]
-                _add_line(pixels, y_weights[j, t], total)
-        _blend_columns(total, x_first, x_weights, line)
+        lines = source[y_first[j] :, columns[0] * 3 : columns[1] * 3]
+        if y_weights.shape[1] == 3 and lines.shape[0] >= 3:
+            _sum_three_lines(lines, y_weights[j], total)
+        else:
+            total[:] = 0
+            for t in range(y_weights.shape[1]):
+                if y_weights[j, t]:
+                    _add_line(lines[t], y_weights[j, t], total)
+        if x_weights.shape[1] == 3:
+            _blend_three_columns(total, x_first, x_weights, line)
+        else:
+            _blend_columns(total, x_first, x_weights, line)
 
 
 def _area_mean_loops(pixels: NDArray[np.uint8], shift: int, means: NDArray[np.uint8]) -> None:
@@ -234,7 +276,9 @@ def _ycc_to_rgb_loops(pixels: NDArray[np.uint8], rgb: NDArray[np.uint8]) -> None
 
 
 _add_line = compiled(_add_line_loops)
+_sum_three_lines = compiled(_sum_three_lines_loops)
 _blend_columns = compiled(_blend_columns_loops)
+_blend_three_columns = compiled(_blend_three_columns_loops)
 _resample = compiled(_resample_loops)
 _area_mean = compiled(_area_mean_loops)
 _ycc_to_rgb = compiled(_ycc_to_rgb_loops)
