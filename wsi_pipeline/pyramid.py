@@ -23,6 +23,7 @@ import zarr
 from numpy.typing import NDArray
 
 from wsi_pipeline.chunks import ChunkFiles
+from wsi_pipeline.compiled import compiled
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.ome import create_array, oddity
@@ -150,9 +151,25 @@ def _first_of_cells(pixels: Pixels) -> Pixels:
 def _mean_of_cells(pixels: Pixels) -> Pixels:
     """Return the rounded mean of each 2 x 2 cell; odd sides repeat their last row or column."""
     height, width = pixels.shape[-2:]
-    if height % 2 or width % 2:
-        odd = [(0, 0)] * (pixels.ndim - 2) + [(0, height % 2), (0, width % 2)]
-        pixels = np.pad(pixels, odd, mode="edge")
-    rows = pixels[..., ::2, :].astype(np.uint16) + pixels[..., 1::2, :]
-    cells: NDArray[np.uint16] = rows[..., ::2] + rows[..., 1::2]
-    return ((cells + 2) // 4).astype(np.uint8)
+    planes = np.ascontiguousarray(pixels).reshape(-1, height, width)
+    means = np.empty((len(planes), -(-height // 2), -(-width // 2)), np.uint8)
+    _average_cells(planes, means)
+    return means.reshape(*pixels.shape[:-2], *means.shape[1:])
+
+
+def _average_cells_loops(planes: Pixels, means: Pixels) -> None:
+    count, height, width = planes.shape
+    for plane in range(count):
+        for j in range(means.shape[1]):
+            upper = planes[plane, 2 * j]
+            lower = planes[plane, min(2 * j + 1, height - 1)]
+            line = means[plane, j]
+            for i in range(width // 2):
+                k = 2 * i
+                total = np.int32(upper[k]) + upper[k + 1] + lower[k] + lower[k + 1]
+                line[i] = (total + 2) >> 2
+            if width % 2:
+                line[width // 2] = (np.int32(upper[width - 1]) + lower[width - 1] + 1) >> 1
+
+
+_average_cells = compiled(_average_cells_loops)
