@@ -114,7 +114,10 @@ class Window:
                     told = child.communicate(timeout=POLL_S)[0]
             code, tries = child.returncode, tries + 1
         if code:
-            raise ManifestError(f"wsi-run refuses what it was told, see above (exit code {code})")
+            raise ManifestError(
+                f"wsi-run refuses what it was told, see above (exit code {code}). A window cannot "
+                "overwrite with another model, which wants all slides at once: use another --out"
+            )
         anew = self.anew()
         if "--overwrite" in self.asked.options:
             anew.begin(self.shelf)
