@@ -252,6 +252,18 @@ def test_the_command_says_which_model_ran(made, zoo, tmp_path):
     assert listed.output.splitlines()[-1] == "1 of 1 slides, model cerberus-lite"
 
 
+def test_a_dry_run_refuses_another_model_and_writes_nothing(made, zoo, tmp_path):
+    freeze(tmp_path, "first")
+    before = (tmp_path / "run.json").read_bytes()
+    asked = ("run", made / "s.svs", "--out", tmp_path, "--model", "cerberus-open", "--dry-run")
+    for more, says in ((), "holds results of model first"), (("--overwrite",), "found: a. Name"):
+        refused = invoke(*asked, *more)
+        assert refused.exit_code == 2
+        assert says in refused.output
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_release_and_golden_commands(made, zoo, tmp_path):
     (tmp_path / "card.md").write_text("# small\n")
     out = tmp_path / "small"

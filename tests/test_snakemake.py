@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -118,6 +119,34 @@ def test_a_cohort_with_a_broken_slide_is_done_as_far_as_possible_and_goes_on(sna
     assert receipts(cohort)["b"] == before["b"]
     summary = pd.read_parquet(cohort / "results" / "summary.parquet")
     assert set(summary.status) == {"done"}
+
+
+STANDS_FOR_WSI_RUN = """#!/bin/bash
+# Slide number I of the list has failed if its file is absent.
+while [ "$1" != --shard ]; do shift; done
+names=(a b gone) name=${names[${2%/*}]}
+mkdir -p results/reports
+[ -e slides/$name.svs ] || exit 1
+echo $name >> ran
+echo "{\\"status\\": \\"done\\", \\"slide_id\\": \\"$name\\"}" > results/reports/$name.json
+"""
+
+
+def test_a_slide_that_is_absent_does_not_stop_the_others(snakemake, cohort):
+    (cohort / "list.csv").write_text("path\nslides/gone.svs\nslides/a.svs\nslides/b.svs\n")
+    script = cohort / "run.sh"
+    script.write_text(STANDS_FOR_WSI_RUN)
+    script.chmod(0o755)
+    here = ("--cores", "1", "--retries", "0")
+    config = [f"wsi_run={script}", "wsi=true"]
+    first = call(snakemake, cohort, *here, config=config)
+    assert first.returncode == 1, first.stdout
+    assert receipts(cohort).keys() == {"a", "b"}
+    # a was removed to make room, and is done; b is another slide by now.
+    (cohort / "slides" / "a.svs").unlink()
+    os.utime(cohort / "slides" / "b.svs", (time.time() + 9, time.time() + 9))
+    plan = call(snakemake, cohort, *here, "--dry-run", config=config)
+    assert sorted(re.findall(r"wildcards: slide_id=(\w+)", plan.stdout)) == ["b", "gone"]
 
 
 def test_slides_are_slurm_jobs_with_the_profile(snakemake, cohort):

@@ -1,12 +1,17 @@
 """workflows/slurm/submit with stand-ins for Slurm: which jobs it asks for, over which slides."""
 
 import csv
+import importlib.machinery
+import importlib.util
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -157,6 +162,42 @@ def test_another_list_does_not_change_what_waiting_tasks_mean(login):
     assert before.items() < after.items()
 
 
+def test_a_list_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    source = importlib.machinery.SourceFileLoader("submit", str(SLURM / "submit"))
+    spec = importlib.util.spec_from_loader("submit", source)
+    submit = importlib.util.module_from_spec(spec)
+    with mock.patch.object(sys, "dont_write_bytecode", True):
+        source.exec_module(submit)
+    for error in (OSError("no space"), KeyboardInterrupt()):
+        with mock.patch("os.fsync", side_effect=error), pytest.raises(type(error)):
+            submit.write_whole(tmp_path / "slides-0.csv", "text")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_dead_calls_left_half_written_is_swept_up_and_no_more(login):
+    login.slide("a", "a.svs")
+    folder, here = login.home / "out" / "slurm", socket.gethostname()
+    folder.mkdir(parents=True)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = {  # whose, how old, and whether it stays
+        f"{here}.{dead.pid}": (0, False),
+        f"{here}.{os.getpid()}": (7200, True),
+        "node.lab.4711": (60, True),
+        "node.lab.4712": (7200, False),
+        f"{dead.pid}": (60, True),  # as they were called before
+        "12": (7200, False),
+    }
+    now = time.time()
+    for name, (age_s, _) in left.items():
+        path = folder / f".slides-0123456789ab.csv.{name}.partial"
+        path.write_text("half")
+        os.utime(path, (now - age_s, now - age_s))
+    assert login.submit(".", "--out", "out").returncode == 0
+    stays = {path.name[25:-8] for path in folder.glob(".*.partial")}
+    assert stays == {name for name, (_, kept) in left.items() if kept}
+
+
 def test_a_second_submission_waits_for_the_first(login):
     login.slide("a", "a.svs")
     login.submit(".", "--out", "out")
@@ -229,6 +270,8 @@ def test_the_login_node_need_not_have_the_device(login):
         ([".", "--out", "out", "--tasks", "0"], "positive whole number"),
         ([".", "--out", "out", "--at-once=some"], "positive whole number"),
         ([".", "--out", "out", "--overwrite=yes"], "takes no value"),
+        ([".", "--out", "out", "--metrics-file", "50%a/all.prom"], "say %a for its number"),
+        ([".", "--out", "out", "--metrics-file=%a", "--metrics-file=x"], "say %a for its number"),
     ],
 )
 def test_wrong_use_submits_nothing(login, arguments, message):
@@ -252,6 +295,20 @@ def test_what_wsi_run_refuses_is_told_in_its_words(login, arguments, message):
     assert (done.returncode, login.calls("sbatch")) == (2, [])
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_model_than_that_of_the_folder_is_wrong_use(login):
+    (login.home / "here.svs").write_bytes(b"no slide")
+    login.put("wsi-run", f'exec {BIN}/wsi-run "$@"')
+    (login.home / "out").mkdir()
+    of_another = {"name": "other", "sha256": "0" * 64}
+    record = {"slides": [{"slide_id": "gone"}], "options": {}, "model": of_another}
+    (login.home / "out" / "run.json").write_text(json.dumps(record))
+    for more, says in ((), "holds results of model other"), (("--overwrite",), "gone. Name them"):
+        done = login.submit("here.svs", "--out", "out", "--model", "stain-baseline", *more)
+        assert (done.returncode, login.calls("sbatch")) == (2, [])
+        assert says in done.stderr
+    assert sorted(path.name for path in (login.home / "out").iterdir()) == ["run.json"]
 
 
 def test_it_needs_wsi_run_on_the_path(login):

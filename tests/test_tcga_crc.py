@@ -50,7 +50,8 @@ os.replace(partial, target)
 """
 
 RUN = """#!{python} -SE
-# Stands for wsi-run: a slide is done if its bytes begin with "good".
+# Stands for wsi-run: a slide is done if its bytes begin with "good", and called done if its
+# report says so and it has a table.
 import csv, json, signal, sys, time
 from pathlib import Path
 out = Path(sys.argv[sys.argv.index("--out") + 1])
@@ -58,10 +59,21 @@ out = Path(sys.argv[sys.argv.index("--out") + 1])
 stop = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda number, frame: stop.append(number))
+if "--refused" in sys.argv and "--dry-run" in sys.argv:
+    sys.exit(2)
+if "--dry-run" in sys.argv:
+    assert "--overwrite" not in sys.argv
+    for row in csv.DictReader(open(sys.argv[1])):
+        report, table = (out / kind / row["slide_id"] for kind in ("reports", "objects"))
+        try:
+            state = json.loads(report.with_name(report.name + ".json").read_text())["status"]
+        except OSError:
+            state = "missing"
+        state = "missing" if state == "done" and not table.exists() else state
+        print(json.dumps({{"event": "slide", "slide_id": row["slide_id"], "state": state}}))
+    sys.exit(0)
 with (out / "calls").open("a") as calls:
     calls.write(" ".join(sys.argv[2:]) + "\\n")
-if "--refused" in sys.argv:
-    sys.exit(2)
 worst = 0
 for row in csv.DictReader(open(sys.argv[1])):
     end = time.monotonic() + float({seconds})
@@ -72,7 +84,10 @@ for row in csv.DictReader(open(sys.argv[1])):
         sys.exit(75)
     good = Path(row["path"]).read_bytes().startswith(b"good")
     report = out / "reports" / f"{{row['slide_id']}}.json"
-    report.write_text(json.dumps({{"status": "done" if good else "failed"}}))
+    (out / "objects").mkdir(exist_ok=True)
+    (out / "objects" / row["slide_id"]).write_text("table")
+    status = "done" if good else "failed"
+    report.write_text(json.dumps({{"status": status, "started": time.time_ns()}}))
     worst |= not good
 sys.exit(worst)
 """
@@ -84,7 +99,7 @@ def modules():
     sys.path.insert(0, str(FOLDER))
     yield
     sys.path.remove(str(FOLDER))
-    for name in ("manifest", "prepare", "shelf", "window"):
+    for name in ("asked", "manifest", "prepare", "shelf", "window"):
         sys.modules.pop(name, None)
 
 
@@ -345,6 +360,88 @@ def test_all_slides_pass_through_a_small_window_whatever_downloads_do(tmp_path):
     assert [len(cohort.tries(n)) for n in range(6)] == [1, 2, 1, 3, 1, 1]
 
 
+def test_results_that_are_damaged_since_are_no_results(tmp_path):
+    cohort = Cohort(tmp_path, [b"good one", b"good two"])
+    assert cohort.call()[0] == 0
+    (cohort.out / "objects" / stem(cohort.rows[1])).unlink()
+    put(cohort.slides, cohort.rows[1], b"good two")  # and must not be removed for its report
+    code, told = cohort.call()
+    assert code == 0, told
+    assert (cohort.out / "objects" / stem(cohort.rows[1])).exists()
+    assert "2 of 2 slides are done" in told
+    assert len((cohort.out / "calls").read_text().splitlines()) == 2 + 1
+
+
+def test_a_slide_that_wsi_run_has_found_done_is_done(tmp_path):
+    cohort = Cohort(tmp_path, [b"good one"])
+    assert cohort.call()[0] == 0
+    (cohort.out / "objects" / stem(cohort.rows[0])).unlink()
+    as_it_is = tmp_path / "as-it-is"  # somebody has brought the table back meanwhile
+    as_it_is.write_text(
+        f'#!/bin/bash\n[[ "$*" == *--dry-run* ]] || exit 0\nexec {tmp_path}/run "$@"\n'
+    )
+    as_it_is.chmod(0o755)
+    code, told = cohort.call("--tries", "1", run=as_it_is)
+    assert code == 0, told
+
+
+def test_overwriting_does_each_slide_once_and_goes_on_after_an_interruption(tmp_path):
+    cohort = Cohort(tmp_path, [b"good one", b"good two"])
+    assert cohort.call()[0] == 0
+    reports = [cohort.out / "reports" / f"{stem(entry)}.json" for entry in cohort.rows]
+
+    def texts():
+        return [path.read_text() for path in reports]
+
+    first, slow = texts(), RUN.format(python=sys.executable, seconds="len(sys.argv[1]) and 1.5")
+    (tmp_path / "run").write_text(slow)
+    smallest = str(max(int(entry["size"]) for entry in cohort.rows))  # one slide at a time
+    process = cohort.start("--", "--overwrite", disk=smallest)
+    until(lambda: reports[0].read_text() != first[0] and len(cohort.tries(1)) == 2)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=20)[1]
+    assert process.returncode == 75, told
+    second = texts()
+    assert second[0] != first[0]
+    assert second[1] == first[1]
+    (tmp_path / "run").write_text(RUN.format(python=sys.executable, seconds=0))
+    code, told = cohort.call("--", "--overwrite", disk=smallest)
+    assert code == 0, told
+    third = texts()
+    assert third[0] == second[0]  # it was done anew already
+    assert third[1] != first[1]
+    code, told = cohort.call("--", "--overwrite", disk=smallest)  # all were: a new wish
+    assert code == 0, told
+    assert not set(texts()) & set(third)
+
+
+def test_an_overwriting_call_that_was_given_up_or_changed_begins_anew(tmp_path):
+    from manifest import read_manifest
+    from shelf import Anew, Shelf
+
+    entries = read_manifest([write_manifest(tmp_path / "m.txt", [row(1)])])
+    shelf = Shelf(entries, slides=tmp_path / "slides", out=tmp_path, disk=1)
+    report, note = tmp_path / "reports" / f"{entries[0].slide_id}.json", tmp_path / "w" / "note"
+    report.parent.mkdir()
+    report.write_text("1")
+
+    def is_old(options):
+        anew = Anew(note, options)
+        anew.begin(shelf)
+        return anew.is_old(entries[0], report.read_text())
+
+    assert is_old(["--overwrite"])
+    report.write_text("2")
+    assert not is_old(["--overwrite"])
+    assert is_old(["--overwrite", "--drop-maps"])
+    report.write_text("3")
+    assert not is_old(["--overwrite", "--drop-maps"])
+    Anew(note, []).end()
+    assert is_old(["--overwrite", "--drop-maps"])
+    note.write_text("torn")
+    assert is_old(["--overwrite", "--drop-maps"])
+
+
 def test_what_never_succeeds_is_given_up_and_told(tmp_path):
     contents = [b"good", b"evil", b"good again", b"good as well"]
     cohort = Cohort(tmp_path, contents, plan={2: ["fail"], 3: ["damage"]})
@@ -410,7 +507,9 @@ def test_a_killed_wsi_run_is_called_again_but_not_forever(tmp_path, kills):
     cohort = Cohort(tmp_path, [b"good one"])
     killed = tmp_path / "killed"
     killed.write_text(
-        f"#!/bin/bash\necho >> {tmp_path}/kills\n"
+        f'#!/bin/bash\nif [[ "$*" == *--dry-run* ]]; then\n'
+        f"  [ -e {tmp_path}/looked ] || {{ touch {tmp_path}/looked; kill -KILL $$; }}\n"
+        f'  exec {tmp_path}/run "$@"\nfi\necho >> {tmp_path}/kills\n'
         f'[ "$(wc -l < {tmp_path}/kills)" -gt {kills} ] || kill -KILL $$\n'
         f'exec {tmp_path}/run "$@"\n'
     )
@@ -432,6 +531,7 @@ def test_wrong_use_is_told_before_or_as_soon_as_it_is_known(tmp_path):
         code, told = cohort.call(*options, **how)
         assert code == 2
         assert says in told
+    assert cohort.tries(0) == []  # nothing was downloaded
 
 
 def test_an_array_task_takes_its_manifest_and_goes_back_into_the_queue(tmp_path):
@@ -473,5 +573,17 @@ def test_real_slides_through_a_window_that_holds_one(tmp_path):
     assert cohort.left() == []
     tables = {path.stem for path in (cohort.out / "objects").iterdir()}
     assert tables == {stem(entry) for entry in cohort.rows}
+    before = [len(cohort.tries(n)) for n in range(2)]
+    # Another model would need all slides at once, which a window never has.
+    code, told = cohort.call("--", "--model", "cerberus-lite", "--overwrite", run=real)
+    assert code == 2
+    assert "holds results of model stain-baseline" in told
+    assert [len(cohort.tries(n)) for n in range(2)] == before
+    lost = cohort.out / "objects" / f"{stem(cohort.rows[1])}.parquet"
+    lost.unlink()
+    code, told = cohort.call("--", disk=f"{largest}", run=real)
+    assert code == 0, told
+    assert lost.exists()
+    assert [len(cohort.tries(n)) for n in range(2)] == [before[0], before[1] + 1]
     slides = json.loads((cohort.out / "run.json").read_text())["slides"]
     assert {slide["slide_id"] for slide in slides} == tables

@@ -55,6 +55,26 @@ def test_it_passes_arguments_and_exit_codes_on(tools, code):
     assert REQUEUE not in calls(folder)
 
 
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (("--metrics-file", "/p 5%a/x_%a.prom"), ["--metrics-file", "/p 5%a/x_3.prom"]),
+        (("--metrics-file=p%a/x_%a.prom",), ["--metrics-file=p%a/x_3.prom"]),
+        (("--metrics-file", "%a"), ["--metrics-file", "3"]),
+        (("--model", "model 50%apples", "-v"), ["--model", "model 50%apples", "-v"]),
+        (("--mask-dir=50%a",), ["--mask-dir=50%a"]),
+        (("--metrics-file=%a", "50%a"), ["--metrics-file=3", "50%a"]),
+        ((), []),
+    ],
+)
+def test_the_number_of_the_task_gets_into_the_name_of_its_metrics_alone(tools, given, passed):
+    folder, put = tools
+    put("wsi-run", f'shift 6; for w; do echo "$w" >> {folder}/words; done; touch {folder}/words')
+    assert start(folder, "slides", "out %a", *given).wait(20) == 0
+    assert (folder / "words").read_text().splitlines() == passed
+    assert "--out out %a" in calls(folder, of="wsi-run")[0]
+
+
 @pytest.mark.parametrize(("restarts", "requeued"), [("0", True), ("5", False)])
 def test_a_signal_reaches_the_worker_and_75_is_requeued(tools, restarts, requeued):
     folder, put = tools

@@ -15,6 +15,7 @@ from wsi_pipeline.batch import (
     freeze_run,
     parse_shard,
     read_run,
+    require_model,
     require_size,
     take_shard,
 )
@@ -62,6 +63,19 @@ class Plan:
     """Takes the folders out of what is written; leaves all as it is if that was not asked for."""
     model_named: bool = True
     """Whether the model was asked for; else it is the folder's, or the default."""
+
+    @property
+    def model(self) -> dict[str, str]:
+        """Name and SHA-256 of the model, as ``run.json`` has them."""
+        return {"name": self.bundle.name, "sha256": self.bundle.digest}
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse what would be refused when the plan is done; writes nothing.
+
+        Raises:
+            JobError: the results folder belongs to another model.
+        """
+        require_model(self.out, self.entries, model=self.model, overwrite=overwrite)
 
     def shown(self, entry: SlideEntry) -> SlideEntry:
         """Return a slide as it may be written down."""
@@ -338,7 +352,7 @@ def _begin(
     redacted = {"redact_paths": True} if plan.redaction.folders else {}
     while True:
         predictor = TorchPredictor.load(plan.bundle, **options) if network else None
-        model = {"name": plan.bundle.name, "sha256": plan.bundle.digest}
+        model = plan.model
         if not plan.bundle.in_zoo and not plan.redaction.folders:
             model["folder"] = str(plan.bundle.path.absolute())
         try:

@@ -30,6 +30,7 @@ __all__ = [
     "freeze_run",
     "parse_shard",
     "read_run",
+    "require_model",
     "require_size",
     "take_shard",
 ]
@@ -167,8 +168,7 @@ def freeze_run(
     """
 
     def merged(before: Mapping[str, Any] | None) -> dict[str, Any]:
-        if before is not None and before["model"]["sha256"] != model["sha256"]:
-            _require_all_again(out, before, entries, model, overwrite=overwrite)
+        _require_all_again(out, before, entries, model, overwrite=overwrite)
         slides = {slide["slide_id"]: slide for slide in (before or {}).get("slides", [])}
         slides |= {entry.slide_id: asdict(entry) for entry in entries}
         return {
@@ -186,6 +186,18 @@ def freeze_run(
         content = merged(read_run(out))
         with durable_file(out / "run.json") as beside:
             beside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def require_model(
+    out: Path, entries: Sequence[SlideEntry], *, model: Mapping[str, str], overwrite: bool
+) -> None:
+    """Refuse what :func:`freeze_run` would refuse, and write nothing; the same arguments.
+
+    Raises:
+        JobError: the folder belongs to another model, and ``overwrite`` is not set or ``entries``
+            lack some of its slides.
+    """
+    _require_all_again(out, read_run(out), entries, model, overwrite=overwrite)
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
@@ -212,13 +224,15 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 def _require_all_again(
     out: Path,
-    before: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
     entries: Sequence[SlideEntry],
     model: Mapping[str, str],
     *,
     overwrite: bool,
 ) -> None:
     """Refuse to do only some of a folder's slides again, by another model than the others."""
+    if before is None or before["model"]["sha256"] == model["sha256"]:
+        return
     there = before["model"]
     said = (
         f"{out} holds results of model {there['name']} ({there['sha256'][:12]}), and this run "

@@ -2,11 +2,15 @@
 
     python window.py MANIFEST --slides DIR --out RESULTS --disk 200G [-- options of wsi-run]
 
-While wsi-run works on the slides that are here, the next ones are downloaded, as far as the
+First wsi-run --dry-run is asked what is done, by this model and undamaged, and what it refuses.
+While wsi-run then works on the slides that are here, the next ones are downloaded, as far as the
 manifest's sizes say that they fit. A slide is removed when its report says that it is done. What
 has happened is read from the disk alone, so this may be stopped or killed at any moment, and the
-same line goes on. As a job array: a manifest a task (`prepare.py split`), one RESULTS for all, and
---disk is what each task may hold.
+same line goes on; with --overwrite among the options, every slide is done once, however often
+that happens (RESULTS/window/MANIFEST.overwrite.json notes what was there before).
+
+As a job array: a manifest a task (`prepare.py split`), one RESULTS for all, and --disk is what each
+task may hold.
 
 SIGTERM, SIGUSR1 and Ctrl-C are passed on to wsi-run; the download is ended.
 
@@ -16,13 +20,11 @@ Exit codes: 0 all slides are done; 1 some failed or could not be downloaded, all
 
 from __future__ import annotations
 
-import argparse
 import csv
 import fcntl
+import json
 import logging
 import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,34 +34,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from manifest import Entry, ManifestError, parse_bytes, read_manifest, select
-from shelf import Book, Shelf
+from asked import Asked, find_asked, find_entries, parse
+from manifest import ManifestError
+from shelf import Anew, Book, Shelf
 
 log = logging.getLogger("window")
 
 POLL_S = 0.2
 LONGEST_WAIT_S = 900.0
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the command line says."""
-
-    name: str
-    """Of the manifest: tells tasks in one folder apart."""
-    download: Sequence[str]
-    """The command that fetches a slide; ``{id}``, ``{dir}`` and ``{path}`` are filled in."""
-    run: Sequence[str]
-    """The command that processes a list, before its arguments."""
-    options: Sequence[str]
-    """Its arguments after the list."""
-    tries: int
-    """How often a download, and a slide that fails, is tried."""
-    wait_s: float
-    """Before the second download of a slide; doubled each time."""
-    drop_failed: bool
-    """Whether slides that fail every time are removed."""
 
 
 @dataclass(kw_only=True)
@@ -85,7 +68,7 @@ class Window:
         for number in STOPPING:
             signal.signal(number, lambda number, _frame: self.signals.append(number))
         try:
-            if self.take_lock():
+            if self.take_lock() and self.look():
                 while not self.stopping() and self.step():
                     time.sleep(POLL_S)
         except ManifestError:
@@ -101,7 +84,48 @@ class Window:
                 log.warning("%s: %s", book.entry.slide_id, self.why(book))
         done = sum(book.done for book in books)
         log.info("%d of %d slides are done", done, len(books))
+        if done == len(books):
+            self.anew().end()
         return 0 if done == len(books) else 1
+
+    def anew(self) -> Anew:
+        """Return the note of what was there before slides were to be done anew."""
+        path = self.asked.out / "window" / f"{self.asked.name}.overwrite.json"
+        return Anew(path, self.asked.options)
+
+    def look(self) -> bool:
+        """See what is there, by wsi-run's own words; False if asked to stop meanwhile.
+
+        Raises:
+            ManifestError: wsi-run refuses what it was told; nothing was downloaded.
+        """
+        # Without --overwrite: that would allow another model, which wants all slides at once.
+        options = [word for word in self.asked.options if word != "--overwrite"]
+        words = [*self.asked.run, str(self.write_list("all", self.shelf.books)), "--dry-run"]
+        code, told, tries = -1, b"", 0
+        while code not in {0, 2} and tries < self.asked.tries:
+            child = self.start([*words, *options, "--log-format", "json"], stdout=subprocess.PIPE)
+            while child.returncode is None:
+                if self.stopping():
+                    _end_group(child, signal.SIGKILL)
+                    child.communicate()
+                    return False
+                with suppress(subprocess.TimeoutExpired):
+                    told = child.communicate(timeout=POLL_S)[0]
+            code, tries = child.returncode, tries + 1
+        if code:
+            raise ManifestError(
+                f"wsi-run refuses what it was told, see above (exit code {code}). A window cannot "
+                "overwrite with another model, which wants all slides at once: use another --out"
+            )
+        anew = self.anew()
+        if "--overwrite" in self.asked.options:
+            anew.begin(self.shelf)
+            self.shelf.look(_states(told), anew)
+        else:
+            anew.end()
+            self.shelf.look(_states(told), None)
+        return True
 
     def stopping(self) -> bool:
         """Whether a signal came."""
@@ -173,15 +197,20 @@ class Window:
             return
         if self.fruitless >= self.asked.tries:
             return
-        path = self.shelf.slides / f".{self.asked.name}.now.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("path", "slide_id"))
-            for entry in (book.entry for book in ready):
-                writer.writerow((entry.path(self.shelf.slides).absolute(), entry.slide_id))
+        path = self.write_list("now", ready)
         log.info("wsi-run on %d slides", len(ready))
         self.running = ready
         self.runner = self.start([*self.asked.run, str(path), *self.asked.options])
+
+    def write_list(self, name: str, books: Sequence[Book]) -> Path:
+        """Write a slide list for wsi-run, and return where."""
+        path = self.shelf.slides / f".{self.asked.name}.{name}.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("path", "slide_id"))
+            for entry in (book.entry for book in books):
+                writer.writerow((entry.path(self.shelf.slides).absolute(), entry.slide_id))
+        return path
 
     def end_run(self) -> None:
         """Take note of a run that has ended.
@@ -193,7 +222,8 @@ class Window:
             return
         code, books = self.runner.returncode, self.running
         self.runner, self.running = None, ()
-        self.shelf.read_reports()
+        # With 0 it says that all is as asked: also what it has found done, and left as it was.
+        self.shelf.read_reports(believed=books if code == 0 else ())
         if code == 2:
             raise ManifestError("wsi-run refuses what it was told, see above")
         if code in {0, 1}:
@@ -236,9 +266,9 @@ class Window:
                 return True
         return False
 
-    def start(self, words: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(self, words: Sequence[str], *, stdout: int | None = None) -> subprocess.Popen[bytes]:
         """Start a child that signals reach only through this process."""
-        return subprocess.Popen(words, start_new_session=True, pass_fds=[self.lock])
+        return subprocess.Popen(words, start_new_session=True, pass_fds=[self.lock], stdout=stdout)
 
     def finish(self) -> None:
         """End the download, tell wsi-run to stop, pass further requests on, and wait for it."""
@@ -255,6 +285,19 @@ class Window:
             time.sleep(POLL_S / 4)
 
 
+def _states(told: bytes) -> dict[str, str]:
+    """Return how far slides are, by slide_id, from what wsi-run --dry-run lists.
+
+    Raises:
+        ManifestError: it is no such list.
+    """
+    try:
+        events = [json.loads(line) for line in told.splitlines()]
+        return {e["slide_id"]: e["state"] for e in events if e["event"] == "slide"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"the list of wsi-run --dry-run is not understood: {error}") from error
+
+
 def _end_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, number)
@@ -265,78 +308,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    words = _parse(sys.argv[1:] if arguments is None else arguments)
+    words = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
     try:
-        shelf = Shelf(_entries(words), slides=words.slides, out=words.out, disk=words.disk)
-        return Window(asked=_asked(words), shelf=shelf).work()
+        shelf = Shelf(find_entries(words), slides=words.slides, out=words.out, disk=words.disk)
+        return Window(asked=find_asked(words), shelf=shelf).work()
     except ManifestError as error:
         log.error("Error: %s", error)
         return 2
-
-
-def _entries(words: argparse.Namespace) -> list[Entry]:
-    entries, out = select(read_manifest([words.manifest]))
-    for entry, reason in out:
-        log.info("left out: %s, %s", entry.filename, reason)
-    for entry in entries:
-        if entry.size > words.disk:
-            raise ManifestError(f"{entry.filename} has {entry.size} bytes: say more --disk")
-    return entries
-
-
-def _asked(words: argparse.Namespace) -> Asked:
-    download, run = shlex.split(words.download), shlex.split(words.wsi_run)
-    for command in (download[0], run[0]):
-        if shutil.which(command) is None:
-            raise ManifestError(f"there is no {command} on the PATH")
-    return Asked(
-        name=words.manifest.stem,
-        download=download,
-        run=run,
-        options=["--out", str(words.out), *words.options],
-        tries=words.tries,
-        wait_s=words.wait,
-        drop_failed=words.drop_failed,
-    )
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    words = list(arguments)
-    cut = words.index("--") if "--" in words else len(words)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("manifest", type=Path, metavar="MANIFEST")
-    parser.add_argument("--slides", type=Path, required=True, metavar="DIR", help="for downloads")
-    parser.add_argument("--out", type=Path, required=True, metavar="RESULTS")
-    parser.add_argument(
-        "--disk", type=_size, required=True, metavar="SIZE", help="for slides alone, such as 200G"
-    )
-    parser.add_argument(
-        "--download",
-        default="gdc-client download --no-related-files --no-annotations --dir {dir} {id}",
-        help="{id}, {dir} and {path} are filled in; {path} is to be the slide  [%(default)s]",
-    )
-    parser.add_argument("--wsi-run", default="wsi-run", help="how it is called  [%(default)s]")
-    parser.add_argument(
-        "--tries", type=int, default=4, help="of a download, of a slide that fails  [%(default)s]"
-    )
-    parser.add_argument(
-        "--wait", type=float, default=30, help="seconds before a second download  [%(default)s]"
-    )
-    parser.add_argument(
-        "--drop-failed", action="store_true", help="also remove slides that fail every time"
-    )
-    asked = parser.parse_args(words[:cut])
-    asked.options = words[cut + 1 :]
-    return asked
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":
