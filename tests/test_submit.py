@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from wsi_pipeline.batch import collect_slides
+
 SLURM = Path(__file__).parents[1] / "workflows" / "slurm"
 BIN = Path(sys.executable).parent
 HELP = subprocess.run([BIN / "wsi-run", "--help"], capture_output=True, text=True).stdout
@@ -115,6 +117,18 @@ def test_the_list_means_the_same_from_everywhere(login):
     assert (second["path"], second["mpp"]) == ("s3://bucket/c.svs", "")
     assert (first["mask"], second["mask"]) == ("", str(login.home / "masks/c.png"))
     assert [first["slide_id"], second["slide_id"]] == ["a", "c"]
+
+
+def test_names_that_are_no_utf_8_lead_to_the_slides(login):
+    folder = os.fsdecode(b"M\xfcller\n")
+    (login.home / folder).mkdir()
+    (login.home / folder / "a.svs").touch()
+    login.slide("a", f"{folder}/a.svs")
+    done = login.submit(folder, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    (listed,) = (login.home / "out" / "slurm").glob("slides-*.csv")
+    (entry,) = collect_slides([str(listed)])
+    assert Path(entry.path).samefile(login.home / folder / "a.svs")
 
 
 @pytest.mark.parametrize(

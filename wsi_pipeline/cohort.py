@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wsi_pipeline.batch import read_run
+from wsi_pipeline.checked import fits
 from wsi_pipeline.durable import filesystem_time, partial_path
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.job import RunReport, SlideJob, file_digest, folder_facts, read_report
@@ -36,6 +37,12 @@ __all__ = [
 State = Literal["done", "running", "interrupted", "missing", "failed"]
 STATES: tuple[State, ...] = ("done", "running", "interrupted", "missing", "failed")
 """What a slide may be, those that want attention last."""
+_FACTS = {
+    **dict.fromkeys(("host", "machine", "job", "stage"), str),
+    **dict.fromkeys(("pid", "restart", "done", "total"), int),
+    **dict.fromkeys(("born", "for_s"), float),
+}
+"""What a lease says of its process, if it was written by one."""
 ASKED_AT_ONCE = 16
 """Slides whose files are looked at together."""
 
@@ -63,8 +70,8 @@ class SlideState:
     def fraction(self) -> float | None:
         """How much of its stage a running slide has behind it, 0 to 1; None if unknown."""
         facts = self.holder.facts if self.holder else {}
-        total = _number(facts.get("total"))
-        return min(1.0, _number(facts.get("done")) / total) if total > 0 else None
+        done, total = facts.get("done", 0), facts.get("total", 0)
+        return min(1.0, max(0, done) / total) if total > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +189,8 @@ class _Look:
             return replace(blank, state="interrupted", reason=reason, holder=holder)
         if report is not None:
             return replace(blank, reason=objection)
+        if reported is not None:
+            return replace(blank, reason="its report is broken; run it again")
         # Killed without a word: there are maps, but no claim that the slide is done.
         begun = {partial_path(files.maps_path).name, files.maps_path.name} & self.maps
         return replace(blank, state="interrupted") if begun else blank
@@ -194,10 +203,13 @@ class _Look:
         except OSError:  # begun again meanwhile
             return None, None
         report = read_report(files.report_path)
-        return (report, reported) if report and report.status in STATES else (None, None)
+        return report, reported
 
     def _holder(self, files: SlideJob) -> Holder | None:
-        return read_holder(files.lease_path) if files.lease_path.name in self.logs else None
+        if files.lease_path.name not in self.logs:
+            return None
+        holder = read_holder(files.lease_path)
+        return holder and replace(holder, facts=_sound_facts(holder.facts))
 
     def _objection(self, report: RunReport, slide: Mapping[str, Any]) -> str:
         """Return why a report is not about what the run wants, or no longer true; or nothing."""
@@ -261,5 +273,10 @@ def _now(folder: Path) -> tuple[float, bool]:
     return time.time(), True
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+def _sound_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a lease says without values of other types than a process writes."""
+    return {
+        name: value
+        for name, value in facts.items()
+        if name not in _FACTS or fits(value, _FACTS[name])
+    }
