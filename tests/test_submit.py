@@ -119,6 +119,19 @@ def test_the_list_means_the_same_from_everywhere(login):
     assert [first["slide_id"], second["slide_id"]] == ["a", "c"]
 
 
+def test_a_list_that_cannot_be_written_leaves_nothing_behind(login):
+    login.slide("a", "a.svs")
+    assert login.submit("slides", "--out", "out").returncode == 0
+    (listed,) = (login.home / "out" / "slurm").glob("slides-*.csv")
+    listed.unlink()
+    listed.mkdir()
+    done = login.submit("slides", "--out", "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "cannot be written" in done.stderr
+    assert len(login.calls("sbatch")) == 2
+    assert not list((login.home / "out" / "slurm").glob(".*"))
+
+
 def test_names_that_are_no_utf_8_lead_to_the_slides(login):
     folder = os.fsdecode(b"M\xfcller\n")
     (login.home / folder).mkdir()
