@@ -64,6 +64,38 @@ def test_csv_list(folder):
     assert second.mask == str(folder / "m.png")
 
 
+def test_a_comment_in_a_text_list_is_no_file(folder):
+    (folder / "#1.svs").touch()
+    (folder / "list.txt").write_text("#1.svs\n#b.svs\n# 1.svs\n#\nb.svs\n")
+    assert ids(collect_slides([str(folder / "list.txt")])) == ["#1", "b"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "strange"),
+    [
+        *((kind, sign) for kind in ("txt", "csv") for sign in "\x85\u2028\x1e\x0c\udcfc"),
+        *(("csv", ends) for ends in ("\n", "\r\n", "\r")),
+    ],
+)
+def test_names_of_folders_may_hold_what_looks_like_the_end_of_a_line(folder, suffix, strange):
+    name = f"{strange}a{strange}b/x.svs".lstrip("\r\n")
+    (folder / name).parent.mkdir()
+    (folder / name).touch()
+    text = f"{name}\nb.svs\n" if suffix == "txt" else f'path,mpp\n"{name}",0.3\nb.svs,0.4\n'
+    path = folder / f"list.{suffix}"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    found = [entry.path for entry in collect_slides([str(path)])]
+    assert found == [str(folder / "b.svs"), str(folder / name)]
+
+
+@pytest.mark.parametrize("text", ["path\nM\xfcller.svs\n", "path,mask\nb.svs,M\xfcller.png\n"])
+def test_a_list_in_latin_1_is_refused_in_words(folder, text):
+    path = folder / "list.csv"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(JobError, match=r"not UTF-8.*xfcller.*Save the list"):
+        collect_slides([str(path)])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -28,6 +28,7 @@ needs_data = pytest.mark.skipif(
 )
 
 
+BIN = Path(sys.executable).parent
 BASELINE = ("--model", "stain-baseline")
 """Fast, and always the same; which model is the default is not what is tested here."""
 
@@ -54,6 +55,33 @@ def finished(slides, tmp_path_factory) -> Path:
     result = invoke(run, slides / "*.svs", "--out", out, "--no-progress", *BASELINE)
     assert result.exit_code == 0, result.output
     return out
+
+
+def test_a_folder_whose_name_is_no_utf_8(slides, tmp_path):
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    folder.mkdir()
+    (folder / "two.svs").write_bytes((slides / "two.svs").read_bytes())
+    call = [folder, "--out", folder / "results", "--no-progress", "--tile-size", "256", *BASELINE]
+    refused = invoke(run, *call)
+    assert refused.exit_code == 2
+    assert r"M\udcfcller/results: its name is not UTF-8" in refused.output
+    out = tmp_path / "results"
+    call[2] = out
+    done = subprocess.run([BIN / "wsi-run", *call], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = pd.read_parquet(out / "summary.parquet").to_dict("records")
+    assert (row["status"], Path(row["path"]).parent.name) == ("done", r"M\udcfcller")
+    (row,) = pd.read_csv(out / "summary.csv").to_dict("records")
+    assert row["path"].endswith(r"M\udcfcller/two.svs")
+    for command in ("status", "summary"):
+        done = subprocess.run([BIN / "wsi", command, out], capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+    (folder / "two.svs").unlink()
+    (folder / "two.svs").write_bytes(b"no slide")
+    done = subprocess.run([BIN / "wsi-run", *call], capture_output=True)
+    assert (done.returncode, b"Traceback" in done.stderr) == (1, False)
+    done = subprocess.run([BIN / "wsi", "status", out], capture_output=True)
+    assert rb"M\udcfcller" in done.stdout
 
 
 def report(out: Path, slide_id: str) -> dict:

@@ -5,15 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from cohort_fixtures import begin, job, lease, report
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from wsi_pipeline import cohort
+from wsi_pipeline.cli import wsi
 from wsi_pipeline.cohort import read_cohort, slide_states
+from wsi_pipeline.describe import status_document, status_lines
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.lease import DEAD_AFTER_S
+from wsi_pipeline.pace import measure_pace, slide_bytes
+from wsi_pipeline.summary import write_summary
 
 
 def states(out, **how):
@@ -118,6 +128,16 @@ def test_a_report_of_another_model_or_pixel_size_is_none(tmp_path):
         {"mpp": {"x": 1}},
         {"seconds": None},
         {"error": "no"},
+        {"mpp": {"x": "q", "y": 1, "source": "s"}},
+        {"counts": {"nucleus": 10**30}},
+        {"seconds": {"total": 1e300}},
+        {"seconds": {"total": -1}},
+        {"tissue_mm2": 1e300},
+        {"outputs": {"a\0b": {"bytes": 1, "sha256": "x"}}},
+        {"outputs": {"a\ud800": {"bytes": 1, "sha256": "x"}}},
+        {"outputs": {"../other": {"bytes": 1, "sha256": "x"}}},
+        {"outputs": {"/etc/passwd": {"bytes": 1, "sha256": "x"}}},
+        {"outputs": {"objects/b.parquet": {"bytes": 10**40, "sha256": "x"}}},
     ],
 )
 def test_a_broken_report_spoils_one_slide_alone(tmp_path, spoilt):
@@ -128,7 +148,69 @@ def test_a_broken_report_spoils_one_slide_alone(tmp_path, spoilt):
     if isinstance(spoilt, dict):
         spoilt = json.dumps({**json.loads(path.read_text()), **spoilt})
     path.write_text(spoilt)
-    assert [own.state for own in slide_states(tmp_path)] == ["done", "missing"]
+    found = [(own.state, own.reason) for own in slide_states(tmp_path)]
+    assert found == [("done", ""), ("missing", "its report is broken; run it again")]
+    told(tmp_path)
+
+
+def told(out):
+    """Say all that is said of a run."""
+    cohort = read_cohort(out)
+    pace = measure_pace(cohort, slide_bytes(cohort))
+    lines = [*status_lines(cohort, pace)]
+    document = status_document(cohort, pace)
+    json.dumps(document, allow_nan=False)
+    write_summary(cohort)
+    return document["slides"], lines
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"started": "9999-12-31T23:59:59-23:00"},
+        {"finished": "0001-01-01T00:00:00+23:00"},
+        {"path": "/M\udcfcller/\ud800/b.svs", "host": "\udcfc", "device": "\udcfc"},
+        {"counts": {"nu\udcfc": 3, "slide_id": 4}},
+        {"status": "failed", "error": {"code": "x", "message": "M\udcfcller", "stage": "open"}},
+        {"model": {"name": "\udcfc", "sha256": "5" * 64}},
+    ],
+)
+def test_strange_values_in_a_report_are_told(tmp_path, strange):
+    begin(tmp_path, "a", "b")
+    report(tmp_path, "a")
+    report(tmp_path, "b")
+    path = job(tmp_path, "b").report_path
+    path.write_text(json.dumps({**json.loads(path.read_text()), **strange}))
+    slides, _ = told(tmp_path)
+    assert [own["state"] for own in slides] == ["done", strange.get("status", "done")]
+    for command in ("status", "summary"):
+        done = CliRunner().invoke(wsi, [command, str(tmp_path)])
+        assert done.exit_code == 0, done.output
+    rows = pq.read_table(tmp_path / "summary.parquet").to_pylist()
+    assert [row["slide_id"] for row in rows] == ["a", "b"]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+FACTS = ("host", "machine", "pid", "born", "job", "restart", "for_s", "stage", "done", "total")
+
+
+@settings(max_examples=60, deadline=None)
+@given(facts=st.fixed_dictionaries({}, optional=dict.fromkeys(FACTS, JUNK)))
+@example(facts={"pid": "abc", "done": float("nan"), "total": float("inf"), "for_s": float("inf")})
+@example(facts={"pid": float("inf"), "done": 10**400, "total": 10**400})
+@example(facts={"pid": [1], "stage": ["predict"], "host": "\udcfc"})
+def test_a_lease_may_say_anything(facts):
+    with TemporaryDirectory() as folder:
+        out = begin(Path(folder), "a", "b")
+        report(out, "a")
+        lease(out, "b", **facts)
+        slides, _ = told(out)
+        assert slides[0]["state"] == "done"
+        assert slides[1]["state"] in ("running", "interrupted")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -290,7 +290,8 @@ def plane_of(slide, level):
 
 
 @pytest.mark.parametrize("level", [0, 1])
-def test_a_slide_of_which_nothing_decodes_is_refused(tmp_path, level):
+def test_a_slide_of_which_nothing_decodes_is_refused(tmp_path, level, monkeypatch):
+    monkeypatch.setattr("wsi_pipeline.slide.outages.PAUSES_S", (0.0,))
     path = write_slide(tmp_path / "a.svs", IMAGE, "jpeg-rgb", spoil="all", spoil_level=level)
     with pytest.raises(SlideError, match=f"nothing of level {level} can be decoded") as caught:
         Slide.open(path)
@@ -444,7 +445,8 @@ def test_the_general_readers_agree_with_the_fast_path(name, kind):
         ("boxes_0.dcm", None),
     ],
 )
-def test_broken_files_get_their_code_in_silence(name, code, capfd):
+def test_broken_files_get_their_code_in_silence(name, code, capfd, monkeypatch):
+    monkeypatch.setattr("wsi_pipeline.slide.outages.PAUSES_S", (0.0,))
     path = real(f"slides_broken/{name}")
     if code is None:
         with Slide.open(path) as slide:

@@ -15,6 +15,8 @@ from unittest import mock
 
 import pytest
 
+from wsi_pipeline.batch import collect_slides
+
 SLURM = Path(__file__).parents[1] / "workflows" / "slurm"
 BIN = Path(sys.executable).parent
 HELP = subprocess.run([BIN / "wsi-run", "--help"], capture_output=True, text=True).stdout
@@ -122,6 +124,31 @@ def test_the_list_means_the_same_from_everywhere(login):
     assert [first["slide_id"], second["slide_id"]] == ["a", "c"]
 
 
+def test_a_list_that_cannot_be_written_leaves_nothing_behind(login):
+    login.slide("a", "a.svs")
+    assert login.submit("slides", "--out", "out").returncode == 0
+    (listed,) = (login.home / "out" / "slurm").glob("slides-*.csv")
+    listed.unlink()
+    listed.mkdir()
+    done = login.submit("slides", "--out", "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "cannot be written" in done.stderr
+    assert len(login.calls("sbatch")) == 2
+    assert not list((login.home / "out" / "slurm").glob(".*"))
+
+
+def test_names_that_are_no_utf_8_lead_to_the_slides(login):
+    folder = os.fsdecode(b"M\xfcller\n")
+    (login.home / folder).mkdir()
+    (login.home / folder / "a.svs").touch()
+    login.slide("a", f"{folder}/a.svs")
+    done = login.submit(folder, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    (listed,) = (login.home / "out" / "slurm").glob("slides-*.csv")
+    (entry,) = collect_slides([str(listed)])
+    assert Path(entry.path).samefile(login.home / folder / "a.svs")
+
+
 @pytest.mark.parametrize(
     ("options", "todo"), [((), "b"), (("--overwrite",), "ab"), (("--drop-maps",), "ab")]
 )
@@ -162,14 +189,17 @@ def test_another_list_does_not_change_what_waiting_tasks_mean(login):
     assert before.items() < after.items()
 
 
-def test_a_list_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+def test_a_list_that_was_written_in_part_goes(tmp_path):
     source = importlib.machinery.SourceFileLoader("submit", str(SLURM / "submit"))
     spec = importlib.util.spec_from_loader("submit", source)
     submit = importlib.util.module_from_spec(spec)
     with mock.patch.object(sys, "dont_write_bytecode", True):
         source.exec_module(submit)
-    for error in (OSError("no space"), KeyboardInterrupt()):
-        with mock.patch("os.fsync", side_effect=error), pytest.raises(type(error)):
+    for error, told in (
+        (OSError("no space"), submit.WrongUse),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        with mock.patch("os.fsync", side_effect=error), pytest.raises(told):
             submit.write_whole(tmp_path / "slides-0.csv", "text")
         assert list(tmp_path.iterdir()) == []
 

@@ -19,6 +19,7 @@ from wsi_pipeline.batch import (
     require_size,
     take_shard,
 )
+from wsi_pipeline.checked import plain_text
 from wsi_pipeline.engines import (
     Only,
     Silent,
@@ -111,8 +112,8 @@ def plan_run(
     machines, and need not be here.
 
     Raises:
-        JobError: the slides or the shard make no sense, or the model that the folder was begun
-            with is not here (and ``overwrite`` is not set).
+        JobError: the slides, the folder's name or the shard make no sense, or the model that the
+            folder was begun with is not here (and ``overwrite`` is not set).
         ModelBundleError: there is no such model, or it is broken.
     """
     from wsi_pipeline.bundle import default_bundle, find_bundle
@@ -128,6 +129,9 @@ def plan_run(
         for entry in collect_slides([os.fspath(slide) for slide in slides], mask_dir=masks)
     )
     folder = Path(out)
+    if plain_text(str(folder)) != str(folder):
+        msg = f"{folder}: its name is not UTF-8, and libraries of tables and maps need it to be. "
+        raise JobError(msg + "Name another folder with --out; slides may lie where they do.")
     if model is None and elsewhere:
         default = default_bundle(device.partition(":")[0])
         bundle = _frozen_bundle(folder, overwrite=overwrite) or find_bundle(default)
@@ -382,7 +386,7 @@ def _summarize(out: Path) -> None:
 
     try:
         write_summary(read_cohort(out))
-    except (OSError, WsiPipelineError) as error:
+    except (OSError, ValueError, WsiPipelineError) as error:
         # The slides are done, and `wsi summary` makes up for it.
         log.warning("no summary could be written: %s", error)
 

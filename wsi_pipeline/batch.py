@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 import math
 import os
@@ -47,6 +48,8 @@ SLIDE_SUFFIXES = frozenset(
 LONGEST_ID = 180
 """Bytes: file names have at most 255, and temporary ones are longer than final ones."""
 LIST_SUFFIXES = frozenset({".txt", ".csv"})
+_BLANKS = " \t\r\n"
+"""What may surround a name in a list and is no part of it."""
 _MODEL = {"name": str, "sha256": str}
 """What a run's record says of its model, at least."""
 
@@ -72,8 +75,9 @@ def collect_slides(
 
     Args:
         inputs: files, globs, folders, URLs, and ``.txt`` or ``.csv`` lists. A CSV has a
-            header with ``path`` and, if wanted, ``slide_id``, ``mpp`` and ``mask``;
-            relative paths in a list start at the list's folder.
+            header with ``path`` and, if wanted, ``slide_id``, ``mpp`` and ``mask``; a ``.txt``
+            has a slide a line, and comments that begin with ``#`` (unless a file is called so).
+            Relative paths in a list start at the list's folder.
         mask_dir: folder with ``<slide_id>.png``. A slide without one there, or in the list,
             fails later by itself.
 
@@ -315,22 +319,58 @@ def _expand(item: str) -> Iterable[SlideEntry]:
 
 def _read_list(path: Path) -> list[SlideEntry]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        # Names of files are bytes, and need be no UTF-8; see _require_encoded.
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
         raise JobError(f"the slide list {path} cannot be read: {error}") from error
     if "\0" in text:
         raise JobError(f"the slide list {path} is no text: it holds zero bytes")
-    if path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in text.splitlines()]
-        return [_entry(_resolve(p, path)) for p in lines if p and not p.startswith("#")]
     try:
-        return list(_read_table(text, path))
+        found = (
+            _read_lines(text, path) if path.suffix.lower() == ".txt" else _read_table(text, path)
+        )
+        entries = list(found)
     except csv.Error as error:
         raise JobError(f"the slide list {path} is no CSV table: {error}") from error
+    for entry in entries:
+        _require_encoded(entry, path)
+    return entries
+
+
+def _read_lines(text: str, path: Path) -> Iterator[SlideEntry]:
+    # Not splitlines(), which ends lines at characters that are part of names.
+    for line in re.split(r"\r\n|\r|\n", text):
+        name = line.strip(_BLANKS)
+        is_comment = name.startswith("#") and not Path(_resolve(name, path)).is_file()
+        if name and not is_comment:
+            yield _entry(_resolve(name, path))
+
+
+def _require_encoded(entry: SlideEntry, source: Path) -> None:
+    """Refuse a list in another encoding than UTF-8, unless files are called so.
+
+    Raises:
+        JobError: it is.
+    """
+    for name in (entry.path, entry.mask or ""):
+        if not _is_utf8(name) and not os.path.exists(name):  # noqa: PTH110 - a plain system call
+            msg = (
+                f"the slide list {source} cannot be read: it is not UTF-8, and there is no file "
+                f"of exactly the bytes {os.fsencode(name)!r}. Save the list as UTF-8."
+            )
+            raise JobError(msg)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_table(text: str, path: Path) -> Iterator[SlideEntry]:
-    rows = csv.DictReader(text.splitlines(), restkey="", skipinitialspace=True)
+    rows = csv.DictReader(io.StringIO(text, newline=""), restkey="", skipinitialspace=True)
     columns = rows.fieldnames or ()
     unknown = set(columns) - {"path", "slide_id", "mpp", "mask"}
     if "path" not in columns or unknown or len(set(columns)) < len(columns):
@@ -339,9 +379,9 @@ def _read_table(text: str, path: Path) -> Iterator[SlideEntry]:
             "have 'slide_id', 'mpp' and 'mask'"
         )
         raise JobError(msg)
-    for number, row in enumerate(rows, start=2):
-        if (row["path"] or "").strip():
-            yield _row(row, number, path)
+    for row in rows:
+        if (row["path"] or "").strip(_BLANKS):
+            yield _row(row, rows.line_num, path)
 
 
 def require_size(mpp: float | None, where: str) -> None:
@@ -357,8 +397,10 @@ def require_size(mpp: float | None, where: str) -> None:
 def _row(row: Mapping[str, str | None], line: int, source: Path) -> SlideEntry:
     if "" in row:
         raise JobError(f"{source}, line {line}: more cells than columns; quote names with commas")
-    entry = _entry(_resolve(str(row["path"]).strip(), source))
-    mpp, mask, slide_id = (str(row.get(k) or "").strip() for k in ("mpp", "mask", "slide_id"))
+    entry = _entry(_resolve(str(row["path"]).strip(_BLANKS), source))
+    mpp, mask, slide_id = (
+        str(row.get(k) or "").strip(_BLANKS) for k in ("mpp", "mask", "slide_id")
+    )
     try:
         size = float(mpp) if mpp else None
     except ValueError as error:

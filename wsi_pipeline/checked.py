@@ -1,4 +1,4 @@
-"""Values from outside, checked against the types that our own code expects.
+"""Values from outside, checked against the types that our own code expects, and texts to be shown.
 
 JSON files are written by this package, and by whoever wants to: a list where a number should be
 would otherwise be found by the first line that counts with it.
@@ -12,7 +12,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["fits", "misfits", "parse_json"]
+__all__ = ["fits", "misfits", "parse_json", "plain_text"]
 
 _LARGEST = 1 << 63
 
@@ -27,6 +27,15 @@ def parse_json(text: str) -> Any:  # noqa: ANN401 - whatever it holds
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def plain_text(text: str) -> str:
+    r"""Return a text as UTF-8 can hold it: what it cannot is spelt out, as JSON does.
+
+    Names of files are bytes; those that are no UTF-8 are lone surrogates in Python: the byte FC
+    becomes ``\udcfc``.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def misfits(kind: type, values: Mapping[str, Any]) -> list[str]:

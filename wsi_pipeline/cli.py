@@ -24,6 +24,7 @@ from wsi_pipeline.command import (
     log_to_stderr,
     plain_errors,
     signals,
+    tell,
 )
 from wsi_pipeline.importing import import_results_command
 from wsi_pipeline.learning import evaluate_command, train_command
@@ -160,7 +161,8 @@ def run(
     """Turn SLIDES into tables in the folder --out.
 
     SLIDES are files, globs, folders, URLs, or a .txt or .csv list (columns: path, and if
-    wanted slide_id, mpp, mask). Running the same command again goes on where it stopped.
+    wanted slide_id, mpp, mask; in a .txt, a line a slide, and a line that begins with # is a
+    comment unless a file is called so). Running the same command again goes on where it stopped.
 
     Exit codes: 0 all done; 1 some slide failed, all others were still done; 2 wrong use;
     75 interrupted, run the same command again; 130 Ctrl-C.
@@ -245,7 +247,7 @@ def info(file: str, mpp: float | None, redact: bool) -> None:
 
     with plain_errors(redact=redact):
         for line in describe_file(file, mpp=mpp, redact=redact):
-            click.echo(line)
+            tell(line)
 
 
 @wsi.command()
@@ -337,7 +339,7 @@ def _list_plan(plan: Plan, shard: str | None, *, json_lines: bool) -> None:
     from wsi_pipeline.describe import plan_lines
 
     for line in plan_lines(plan, shard, json_lines=json_lines):
-        click.echo(line)
+        tell(line)
 
 
 def main_run(arguments: Sequence[str] | None = None) -> None:

@@ -63,8 +63,8 @@ class SlideState:
     def fraction(self) -> float | None:
         """How much of its stage a running slide has behind it, 0 to 1; None if unknown."""
         facts = self.holder.facts if self.holder else {}
-        total = _number(facts.get("total"))
-        return min(1.0, _number(facts.get("done")) / total) if total > 0 else None
+        done, total = facts.get("done", 0), facts.get("total", 0)
+        return min(1.0, max(0, done) / total) if total > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +184,8 @@ class _Look:
             return replace(blank, state="interrupted", reason=reason, holder=holder)
         if report is not None:
             return replace(blank, reason=objection)
+        if reported is not None:
+            return replace(blank, reason="its report is broken; run it again")
         # Killed without a word: there are maps, but no claim that the slide is done.
         begun = {partial_path(files.maps_path).name, files.maps_path.name} & self.maps
         return replace(blank, state="interrupted") if begun else blank
@@ -196,7 +198,7 @@ class _Look:
         except OSError:  # begun again meanwhile
             return None, None
         report = read_report(files.report_path)
-        return (report, reported) if report and report.status in STATES else (None, None)
+        return report, reported
 
     def _holder(self, files: SlideJob) -> Holder | None:
         return read_holder(files.lease_path) if files.lease_path.name in self.logs else None
@@ -261,7 +263,3 @@ def _now(folder: Path) -> tuple[float, bool]:
         except OSError:  # not there, or mounted read-only
             continue
     return time.time(), True
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0

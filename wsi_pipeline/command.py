@@ -14,6 +14,7 @@ from typing import Literal
 
 import click
 
+from wsi_pipeline.checked import plain_text
 from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.redaction import LogLines, Redaction
 
@@ -28,6 +29,7 @@ __all__ = [
     "log_to_stderr",
     "plain_errors",
     "signals",
+    "tell",
 ]
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_CTRL_C = 1, 2, 75, 130
@@ -84,6 +86,11 @@ def arithmetic_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def tell(line: str) -> None:
+    """Print a line on the standard output, whatever names of files are in it."""
+    click.echo(plain_text(line))
+
+
 @contextmanager
 def plain_errors(
     redaction: Redaction = Redaction(),  # noqa: B008 - frozen
@@ -106,7 +113,7 @@ def plain_errors(
             code = error.code if isinstance(error, WsiPipelineError) else "internal"
             click.echo(f"Error: {code} (without --redact the message says more)", err=True)
         elif ours:
-            click.echo(redaction.text(f"Error: {error}"), err=True)
+            click.echo(plain_text(redaction.text(f"Error: {error}")), err=True)
         elif redaction.folders:
             click.echo(redaction.text(traceback.format_exc()), err=True)
         else:

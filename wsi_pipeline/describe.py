@@ -94,7 +94,7 @@ def state_line(own: SlideState, cohort: Cohort) -> str:
         share = "" if own.fraction is None else f" {own.fraction:.0%}"
         stage = f"{facts.get('stage', 'open')}{share}"
         spent = facts.get("for_s")
-        if isinstance(spent, int | float):
+        if spent is not None:
             stage += f" after {duration(spent)}"
         alive = own.state == "running"
         parts += [stage, f"last sign of life {age} ago" if alive else f"no sign of life for {age}"]

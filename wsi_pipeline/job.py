@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from wsi_pipeline.checked import misfits, parse_json
+from wsi_pipeline.checked import fits, misfits, parse_json
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.redaction import Redaction
@@ -36,6 +36,8 @@ __all__ = [
 
 STAGES = ("open", "tissue", "predict", "polygonize", "write")
 _MISSING = "missing"
+_MOST = 1e10
+"""Seconds, or mm2 of tissue, in a report: sums of them over any cohort are numbers, too."""
 Status = Literal["done", "failed", "interrupted"]
 
 
@@ -221,14 +223,21 @@ def read_report(path: Path) -> RunReport | None:
 def _is_sound(report: RunReport) -> bool:
     """Return whether the parts of a report are of the kinds that all who read it rely on."""
     maps = (report.counts, report.seconds, report.throughput, report.model, report.versions)
-    sizes = report.outputs.values()
+    amounts = (*report.seconds.values(), report.tissue_mm2, report.device_busy_s or 0.0)
     return (
         all(isinstance(part, dict) for part in maps)
-        and all({"bytes", "sha256"} <= facts.keys() for facts in sizes)
+        and all(0 <= amount <= _MOST for amount in amounts)
+        and all(fits(facts, {"bytes": int, "sha256": str}) for facts in report.outputs.values())
+        and all(map(_is_name_inside, report.outputs))
         and all("code" in warning for warning in report.warnings)
         and (report.error is None or {"code", "message"} <= report.error.keys())
-        and (report.mpp is None or {"x", "y", "source"} <= report.mpp.keys())
+        and (report.mpp is None or fits(report.mpp, {"x": float, "y": float, "source": str}))
     )
+
+
+def _is_name_inside(name: str) -> bool:
+    """Return whether a name may be that of a file in the results folder."""
+    return name.isprintable() and not name.startswith("/") and ".." not in name.split("/")
 
 
 def finished_report(job: SlideJob) -> RunReport | None:

@@ -93,7 +93,7 @@ def slide_bytes(cohort: Cohort) -> dict[str, float] | None:
     try:
         with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(size, cohort.states))
-    except OSError:
+    except (OSError, ValueError):  # such as a name with a zero in it
         return None
     names = [own.slide_id for own in cohort.states]
     return {name: float(number) for name, number in zip(names, found, strict=True)}

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wsi_pipeline.checked import plain_text
 from wsi_pipeline.cohort import Cohort, SlideState
 from wsi_pipeline.durable import durable_file, sweep_shared
 from wsi_pipeline.errors import SlideBusyError
@@ -112,8 +113,11 @@ def summary_table(cohort: Cohort) -> pa.Table:
     )
     schema = SUMMARY_SCHEMA
     for kind in more:
-        schema = schema.append(pa.field(f"n_{kind}", pa.int64()))
-    rows = [_row(own, (*KINDS, *more)) for own in cohort.states]
+        schema = schema.append(pa.field(plain_text(f"n_{kind}"), pa.int64()))
+    rows = [
+        {plain_text(name): _plain(value) for name, value in _row(own, (*KINDS, *more)).items()}
+        for own in cohort.states
+    ]
     model = {name: cohort.model[name] for name in ("name", "sha256")}
     metadata = {"wsi_pipeline": json.dumps({"model": model}, sort_keys=True)}
     return pa.Table.from_pylist(rows, schema=schema).replace_schema_metadata(metadata)
@@ -165,8 +169,12 @@ def _measured(report: RunReport, kinds: Sequence[str]) -> dict[str, Any]:
 def _moment(text: str) -> datetime | None:
     try:
         return datetime.fromisoformat(text).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):  # the last hour of the year 9999, west of Greenwich
         return None
+
+
+def _plain(value: object) -> object:
+    return plain_text(value) if isinstance(value, str) else value
 
 
 def _cell(value: object) -> object:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from wsi_pipeline.command import EXIT_CTRL_C, EXIT_FAILED, plain_errors
+from wsi_pipeline.command import EXIT_CTRL_C, EXIT_FAILED, plain_errors, tell
 
 if TYPE_CHECKING:
     from wsi_pipeline.cohort import Cohort
@@ -63,7 +63,7 @@ def _show_status(folder: Path, *, as_json: bool, redraw: bool) -> Cohort:
     if redraw:
         click.clear()  # does nothing where there is no terminal
     for line in lines:
-        click.echo(line)
+        tell(line)
     return cohort
 
 
@@ -87,7 +87,7 @@ def summary_command(folder: Path, check: bool, verify: bool) -> None:
     with plain_errors():
         cohort = read_cohort(folder, verify=verify)
         files = write_summary(cohort)
-    click.echo("wrote " + " and ".join(map(str, files)))
+    tell("wrote " + " and ".join(map(str, files)))
     _print_totals(cohort)
     if check and cohort.totals["done"] < len(cohort.states):
         raise SystemExit(EXIT_FAILED)
@@ -103,7 +103,7 @@ def _print_totals(cohort: Cohort) -> None:
     area = sum(report.tissue_mm2 for report in reports)
     hours = sum(report.seconds.get("total", 0.0) for report in reports) / 3600
     click.echo(describe_totals(cohort.totals))
-    click.echo("done: " + ", ".join([*counts, f"{area:,.2f} mm2 of tissue", f"{hours:.2f} h"]))
+    tell("done: " + ", ".join([*counts, f"{area:,.2f} mm2 of tissue", f"{hours:.2f} h"]))
     for own in attention_last(cohort.states):
         if own.state != "done":
-            click.echo(state_line(own, cohort))
+            tell(state_line(own, cohort))

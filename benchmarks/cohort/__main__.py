@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.cluster import Cluster
 from benchmarks.cohort.judge import judge
-from benchmarks.cohort.places import SmallDisk
+from benchmarks.cohort.places import ReadErrors, SmallDisk
 from benchmarks.cohort.projection import project
 from benchmarks.cohort.rounds import clear, prepare_path, run_disturbed, run_undisturbed
 from benchmarks.cohort.scale import time_commands
@@ -47,12 +47,16 @@ def rehearse(
     with Cluster(folder / "cluster", cpus=2, max_array=1001) as cluster:
         calm = _undisturbed(cluster, cohort, reference, tasks=tasks)
         print(f"undisturbed: {calm['states']} in {calm['seconds']:.0f} s", flush=True)
-        environment = prepare_path(folder / "rough", skewed=True)
+        reading = ReadErrors(folder / "rough")
+        if not reading.available:
+            print("no C compiler (cc): there will be no read errors", flush=True)
+        environment = prepare_path(folder / "rough", skewed=True, reading=reading)
         with SmallDisk(results, disk_mb) as disk:
             rounds, faults = run_disturbed(
                 cluster,
                 cohort,
                 disk,
+                reading,
                 tasks=tasks,
                 environment=environment,
                 every_s=every_s,

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from benchmarks.cluster import Cluster
-from benchmarks.cohort.places import SmallDisk
+from benchmarks.cohort.places import ReadErrors, SmallDisk
 
 __all__ = ["Faults"]
 
@@ -25,6 +25,7 @@ WEIGHTS = {
     "SIGTERM of a worker": 4,
     "slides folder gone for a while": 2,
     "a slide is another file for a while": 4,
+    "read errors of slides for a while": 3,
     "disk full for a while": 3,
     "results folder gone for a while": 2,
     "a second run of the same list in the same folder": 1,
@@ -41,6 +42,7 @@ class Faults(threading.Thread):
         cluster: where the jobs run.
         slides: the folder of the slides.
         results: the disk of the results.
+        reading: what makes slides unreadable; skipped where that is not available.
         command: a second run, as somebody might start it by mistake.
         every_s: seconds from the end of a fault to the next, on average.
         rng: decides what happens when.
@@ -52,6 +54,7 @@ class Faults(threading.Thread):
         cluster: Cluster,
         slides: Path,
         results: SmallDisk,
+        reading: ReadErrors,
         command: list[str],
         every_s: float,
         rng: np.random.Generator,
@@ -60,6 +63,7 @@ class Faults(threading.Thread):
         self._cluster = cluster
         self._slides = slides
         self._results = results
+        self._reading = reading
         self._command = command
         self._every_s = every_s
         self._rng = rng
@@ -76,6 +80,7 @@ class Faults(threading.Thread):
             "SIGTERM of a worker": lambda: self._signal(signal.SIGTERM),
             "slides folder gone for a while": self._hide_slides,
             "a slide is another file for a while": self._change_slide,
+            "read errors of slides for a while": self._fail_reads,
             "disk full for a while": self._fill,
             "results folder gone for a while": self._take_away,
             "a second run of the same list in the same folder": self._second_run,
@@ -143,6 +148,16 @@ class Faults(threading.Thread):
             self._pause(2)
         finally:
             os.replace(kept, path)
+
+    def _fail_reads(self) -> bool:
+        if not (self._reading.available and self.workers()):
+            return False
+        self._reading.begin()
+        try:
+            self._pause(3)
+        finally:
+            self._reading.end()
+        return True
 
     def _fill(self) -> None:
         try:

@@ -1,13 +1,14 @@
-"""A results folder on a small disk of its own, which can be filled and taken away."""
+"""A results folder on a small disk that can be filled and taken away; slides whose reads fail."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["SmallDisk"]
+__all__ = ["ReadErrors", "SmallDisk"]
 
 
 class SmallDisk:
@@ -62,6 +63,41 @@ class SmallDisk:
     def bring_back(self) -> None:
         """Put the results where they were; what was written meanwhile lies hidden below."""
         _mount("--move", str(self._away), str(self.folder))
+
+
+class ReadErrors:
+    """Reads of slides that fail with EIO, in the programs that are started in :attr:`environment`.
+
+    Args:
+        folder: for the library that is compiled, and the flag that switches it on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._flag = folder / "read-errors.on"
+        self._library = folder / "read-errors.so"
+        compiler = shutil.which("cc")
+        self.available = compiler is not None
+        """Whether there is a C compiler."""
+        if compiler:
+            source = Path(__file__).with_name("read_errors.c")
+            call = [compiler, "-shared", "-fPIC", "-O1", "-o", self._library, source, "-ldl"]
+            subprocess.run(call, check=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a program needs to be struck; nothing where there is no compiler."""
+        if not self.available:
+            return {}
+        return {"LD_PRELOAD": str(self._library), "WSI_READ_ERRORS": str(self._flag)}
+
+    def begin(self) -> None:
+        """Let all reads of slides fail."""
+        self._flag.touch()
+
+    def end(self) -> None:
+        """Let them succeed again."""
+        self._flag.unlink(missing_ok=True)
 
 
 def _mount(*arguments: str) -> None:

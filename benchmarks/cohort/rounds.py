@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.cluster import Cluster
 from benchmarks.cohort.faults import Faults
-from benchmarks.cohort.places import SmallDisk
+from benchmarks.cohort.places import ReadErrors, SmallDisk
 from benchmarks.cohort.slides import Cohort
 
 __all__ = ["Round", "clear", "prepare_path", "run_disturbed", "run_undisturbed"]
@@ -30,16 +30,17 @@ FAKETIME = "/usr/lib/*/faketime/libfaketime.so.1"
 
 _WRAPPER = """\
 #!/bin/bash
-# Notes how long wsi-run takes, and gives some tasks a clock that is wrong.
+# Notes how long wsi-run takes, gives some tasks a clock that is wrong, and lets reads fail.
 begun=$(date +%s.%N)
 skew=()
+preload={strike}
 if [ -n "${{SLURM_ARRAY_TASK_ID:-}}" ] && [ -n "{library}" ]; then
   case $(( (SLURM_ARRAY_TASK_ID + ${{SLURM_RESTART_COUNT:-0}}) % 4 )) in
-    0) skew=(LD_PRELOAD={library} FAKETIME=+{skew}s FAKETIME_DONT_FAKE_MONOTONIC=1) ;;
-    1) skew=(LD_PRELOAD={library} FAKETIME=-{skew}s FAKETIME_DONT_FAKE_MONOTONIC=1) ;;
+    0) skew=(FAKETIME=+{skew}s FAKETIME_DONT_FAKE_MONOTONIC=1) preload={library}:$preload ;;
+    1) skew=(FAKETIME=-{skew}s FAKETIME_DONT_FAKE_MONOTONIC=1) preload={library}:$preload ;;
   esac
 fi
-env "${{skew[@]}}" {python} {script} "$@" &
+env LD_PRELOAD="$preload" WSI_READ_ERRORS={flag} "${{skew[@]}}" {python} {script} "$@" &
 worker=$!
 trap 'kill -USR1 $worker' USR1
 trap 'kill -TERM $worker' TERM
@@ -66,8 +67,11 @@ class Round:
     """How many slides are done, failed, ... at its end."""
 
 
-def prepare_path(folder: Path, *, skewed: bool) -> dict[str, str]:
+def prepare_path(
+    folder: Path, *, skewed: bool, reading: ReadErrors | None = None
+) -> dict[str, str]:
     """Write a ``wsi-run`` that notes its times; return an environment in which it is found."""
+    strike = reading.environment if reading else {}
     library = next(iter(map(str, Path("/").glob(FAKETIME.lstrip("/")))), "") if skewed else ""
     folder.mkdir(parents=True, exist_ok=True)
     own = Path(sys.executable).parent
@@ -76,6 +80,8 @@ def prepare_path(folder: Path, *, skewed: bool) -> dict[str, str]:
         _WRAPPER.format(
             library=library,
             skew=SKEW_S,
+            strike=strike.get("LD_PRELOAD", ""),
+            flag=strike.get("WSI_READ_ERRORS", ""),
             python=sys.executable,
             script=own / "wsi-run",
             times=folder / "times.txt",
@@ -97,6 +103,7 @@ def run_disturbed(
     cluster: Cluster,
     cohort: Cohort,
     results: SmallDisk,
+    reading: ReadErrors,
     *,
     tasks: int,
     environment: dict[str, str],
@@ -121,6 +128,7 @@ def run_disturbed(
         cluster=cluster,
         slides=cohort.folder,
         results=results,
+        reading=reading,
         command=second,
         every_s=every_s,
         rng=rng,

@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from wsi_pipeline.slide.outages import watched
 from wsi_pipeline.slide.reader import NotTakenError
 
 __all__ = ["MAX_SIDE_PX", "check_directories"]
@@ -59,6 +60,7 @@ def check_directories(path: str) -> None:
     Raises:
         NotTakenError: the chain leaves the file or runs in a circle, or a directory states a
             size, tiles or places that cannot be.
+        OSError: the file cannot be read.
     """
     if "://" not in path:
         with Path(path).open("rb") as file:
@@ -72,7 +74,7 @@ def check_directories(path: str) -> None:
     except (OSError, ValueError, ImportError, TypeError):
         return
     with opened as file:
-        _check_file(cast(BinaryIO, file))
+        _check_file(cast(BinaryIO, watched(file)))
 
 
 def _check_file(file: BinaryIO) -> None:

@@ -10,6 +10,7 @@ import openslide
 
 from wsi_pipeline.errors import SlideError, UnsupportedFormatError
 from wsi_pipeline.slide.directory import check_directories
+from wsi_pipeline.slide.outages import outage
 from wsi_pipeline.slide.reader import NotTakenError, TileError, TileReader
 from wsi_pipeline.slide.regions import OpenSlideReader, TiffSlideReader
 from wsi_pipeline.slide.tiff import TiffReader
@@ -53,6 +54,8 @@ def open_reader(path: str) -> TileReader:
         check_directories(path)
     except NotTakenError as refusal:
         raise _failure(path, [("Tiff", refusal)]) from refusal
+    except OSError as problem:
+        raise outage(str(problem)) from problem
     refusals: list[tuple[str, NotTakenError]] = []
     for opener in _openers(path):
         name = opener.__qualname__.partition("Reader")[0]
@@ -63,7 +66,11 @@ def open_reader(path: str) -> TileReader:
             if refusal.damaged and opener == TiffReader.open:
                 break  # others read truncated files without a word
             continue
-        error = _undecodable(reader)
+        try:
+            error = _undecodable(reader)
+        except SlideError:
+            reader.close()
+            raise
         if error is None:
             return reader
         reader.close()

@@ -91,6 +91,7 @@ class TileReader(Protocol):
 
         Raises:
             TileError: the tile is there and cannot be decoded.
+            SlideError: its bytes cannot be read now, for reasons outside the slide.
         """
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ import numpy as np
 import openslide
 from numpy.typing import NDArray
 
+from wsi_pipeline.errors import SlideError
+from wsi_pipeline.slide.outages import Outages, outage, try_again, watch_reads
 from wsi_pipeline.slide.quiet import quiet
 from wsi_pipeline.slide.reader import NotTakenError, RasterLevel, TileError
 from wsi_pipeline.slide.resample import area_mean
@@ -45,6 +47,7 @@ class OpenSlideReader:
         self._path = path
         self._handle = handle
         self._lock = threading.Lock()
+        self._outages = Outages(path)
         handle.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
         self.properties: Mapping[str, str] = MappingProxyType(dict(handle.properties))
         self.vendor = self.properties.get("openslide.vendor", "unknown")
@@ -75,14 +78,17 @@ class OpenSlideReader:
         box = self.levels[level].tile_box(column, row)
         handle, downsample = self._handle, self._downsamples[level]
         place = (round(box.x * downsample), round(box.y * downsample))
+
+        def read_anew() -> NDArray[np.uint8]:
+            nonlocal handle
+            handle = self._renew(handle)
+            return np.asarray(handle.read_region(place, level, box.size))
+
         try:
             rgba = np.asarray(handle.read_region(place, level, box.size))
         except openslide.OpenSlideError:
             # one error, perhaps of another thread, spoils a handle for good
-            try:
-                rgba = np.asarray(self._renew(handle).read_region(place, level, box.size))
-            except openslide.OpenSlideError as error:
-                raise TileError(str(error)) from error
+            rgba = self._outages.persist(read_anew, openslide.OpenSlideError)
         return area_mean(_on_white(rgba), reduction)
 
     def close(self) -> None:
@@ -106,6 +112,7 @@ class TiffSlideReader:
     def __init__(self, handle: TiffSlide) -> None:
         self._handle = handle
         self._lock = threading.Lock()
+        watch_reads(handle.ts_tifffile)
         self.properties: Mapping[str, str] = MappingProxyType(
             {key: str(value) for key, value in handle.properties.items() if value is not None}
         )
@@ -149,10 +156,17 @@ class TiffSlideReader:
         box = self.levels[level].tile_box(column, row)
         downsample = self._handle.level_downsamples[level]
         place = (round(box.x * downsample), round(box.y * downsample))
+
+        def read() -> NDArray[Any]:
+            with self._lock, quiet():  # not while it waits for the network to come back
+                found: NDArray[Any] = self._handle.read_region(
+                    place, level, box.size, as_array=True
+                )
+                return found
+
         try:
-            with self._lock, quiet():
-                pixels = self._handle.read_region(place, level, box.size, as_array=True)
-        except MemoryError:
+            pixels = _patiently(read)
+        except (MemoryError, SlideError):
             raise
         except Exception as error:  # as above
             raise TileError(str(error) or repr(error)) from error
@@ -167,6 +181,21 @@ class TiffSlideReader:
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
+
+
+def _patiently(read: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """Read what an outage may keep from being read.
+
+    Raises:
+        SlideError: it lasts.
+    """
+    try:
+        try:
+            return read()
+        except OSError:
+            return try_again(read, OSError)
+    except OSError as error:
+        raise outage(str(error) or repr(error)) from error
 
 
 def _associated(properties: Mapping[str, str]) -> Mapping[str, tuple[int, int]]:
