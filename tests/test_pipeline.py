@@ -20,7 +20,7 @@ from wsi_pipeline import pipeline
 from wsi_pipeline.attempt import take_lease
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.engines import run_slides
-from wsi_pipeline.errors import OutOfMemoryError
+from wsi_pipeline.errors import DiskFullError, OutOfMemoryError
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import SlideJob, read_report
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
@@ -571,17 +571,62 @@ def test_a_log_that_cannot_be_written_is_said_once(slide, tmp_path, caplog):
     assert len([r for r in caplog.records if "no line could be logged" in r.getMessage()]) == 1
 
 
-@pytest.mark.parametrize("what", ["gone", "damaged"])
+def damage(store):
+    """Take the content of a chunk away."""
+    chunks = (store / "cells" / "prob" / "c").rglob("*")
+    min(path for path in chunks if path.is_file()).write_bytes(b"")
+
+
+@pytest.mark.parametrize("what", ["gone", "damaged", "of another pixel size"])
 def test_tables_that_cannot_be_made_again_are_not_taken_back(slide, tmp_path, what):
-    go(slide, tmp_path, keep_maps=what == "damaged")
+    go(slide, tmp_path, keep_maps=what != "gone")
     if what == "damaged":
         (tmp_path / "maps" / "a.zarr" / "zarr.json").write_text("{}")
+    other = {"mpp": 0.51} if what == "of another pixel size" else {}
     before = results(tmp_path)
-    report = go(slide, tmp_path, only="objects", overwrite=True)
+    report = go(slide, tmp_path, only="objects", overwrite=True, **other)
     assert report.status == "failed"
     assert "stay as they are" in report.error["message"]
     assert results(tmp_path) == before
     assert read_report(tmp_path / "reports" / "a.json").done
+
+
+def test_a_damaged_chunk_takes_no_table_and_overwrite_repairs_it(slide, undisturbed, tmp_path):
+    go(slide, tmp_path)
+    damage(tmp_path / "maps" / "a.zarr")
+    table = tmp_path / "objects" / "a.parquet"
+    before = table.read_bytes()
+    for _ in range(2):
+        report = go(slide, tmp_path, only="objects", overwrite=True)
+        assert "run the slide again with --overwrite" in report.error["message"]
+        assert table.read_bytes() == before
+    assert go(slide, tmp_path).status == "failed"
+    assert go(slide, tmp_path, overwrite=True).status == "done"
+    assert results(tmp_path) == results(undisturbed[0])
+
+
+def test_a_damaged_chunk_of_an_unfinished_store_is_repaired_by_overwrite(
+    slide, undisturbed, tmp_path
+):
+    watcher = Watcher(stop_after=5)
+    assert go(slide, tmp_path, watcher=watcher).status == "interrupted"
+    damage(partial_path(tmp_path / "maps" / "a.zarr"))
+    assert "--overwrite" in go(slide, tmp_path).error["message"]
+    assert go(slide, tmp_path, overwrite=True).status == "done"
+    assert results(tmp_path) == results(undisturbed[0])
+
+
+def test_what_lacked_room_goes_on_under_overwrite(slide, tmp_path, monkeypatch):
+    def full(*_args, **_how):
+        raise DiskFullError("no space is left")
+
+    go(slide, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("wsi_pipeline.pipeline.write_tissue", full)
+        assert go(slide, tmp_path, overwrite=True).error["code"] == "disk_full"
+    again = StubPredictor()
+    assert go(slide, tmp_path, again, overwrite=True).status == "done"
+    assert not again.seen, "its maps were good"
 
 
 @pytest.mark.parametrize("it_was_done", [True, False])

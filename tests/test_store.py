@@ -353,3 +353,49 @@ def test_a_store_that_is_away_while_it_is_described_is_not_sealed(tmp_path, monk
     whole, _ = make(tmp_path / "b.zarr")
     fill(whole, tiles)
     assert tree(make(tmp_path / "a.zarr")[0].seal().path) == tree(whole.seal().path)
+
+
+def halved(pixels):
+    """The mean of 2 x 2 pixels, the last ones repeated."""
+    odd = [(0, side % 2) for side in pixels.shape[-2:]]
+    pixels = np.pad(pixels, [(0, 0), *odd], mode="edge").astype(int)
+    cells = (pixels[..., i::2, j::2] for i in range(2) for j in range(2))
+    return ((sum(cells) + 2) // 4).astype(np.uint8)
+
+
+@given(
+    width=st.integers(1100, 2300),
+    height=st.integers(1100, 2300),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=12, deadline=None)
+def test_pyramids_of_a_store_that_was_gone_on_with(tmp_path_factory, width, height, seed):
+    """Killed between the mark of a block and the coarser chunks that it completes, anywhere."""
+    rng = np.random.default_rng(seed)
+    grid = PixelGrid(origin=(0.0, 0.0), spacing=(1.0, 1.0), size=(width, height))
+    tiles = TileGrid.cover(grid, tile_px=256, halo_px=0)
+    spec = ModelSpec(
+        name="t", architecture="none", mpp=0.5, halo_px=0, options={}, heads=SPEC.heads[:1]
+    )
+    how = {"spec": spec, "tiles": tiles, "pixel_size": (0.5, 0.5), "made": {}}
+    path = tmp_path_factory.mktemp("p") / "a.zarr"
+    pixels = rng.integers(0, 256, (2, height, width), np.uint8)
+
+    def write(store, tile):
+        arrays = {"cells/prob": pixels[(..., *tile.write.slices)]}
+        store.write(PredictionBlock(tile=tile, arrays=arrays))
+
+    store = PredictionStore.create(path, **how)
+    for tile in tiles.tiles:
+        if rng.random() < 0.4:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("wsi_pipeline.pyramid.Pyramid.update", lambda *_: None)
+                write(store, tile)
+    again = PredictionStore.create(path, **how)
+    for tile in again.missing(tiles).tiles:
+        write(again, tile)
+    sealed = zarr.open_group(again.seal().path, mode="r")
+    expected = pixels
+    for scale in ("2x", "4x"):
+        expected = halved(expected)
+        np.testing.assert_array_equal(sealed[f"cells/prob_{scale}"][:], expected)

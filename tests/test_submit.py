@@ -189,6 +189,16 @@ def test_another_list_does_not_change_what_waiting_tasks_mean(login):
     assert before.items() < after.items()
 
 
+@pytest.mark.parametrize("place", ["slurm", "slurm/logs"])
+def test_a_file_in_the_place_of_its_folder_is_told_in_a_line(login, place):
+    login.slide("a", "a.svs")
+    (login.home / "out" / place).parent.mkdir(parents=True)
+    (login.home / "out" / place).touch()
+    done = login.submit("slides", "--out", "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert not login.calls("sbatch")
+
+
 def test_a_list_that_was_written_in_part_goes(tmp_path):
     source = importlib.machinery.SourceFileLoader("submit", str(SLURM / "submit"))
     spec = importlib.util.spec_from_loader("submit", source)

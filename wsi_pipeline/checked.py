@@ -86,7 +86,8 @@ def _is_number(value: object, wanted: type) -> bool:
     if isinstance(value, bool):
         return False
     if isinstance(value, int):
-        return -_LARGEST <= value < _LARGEST
+        # As a float it must be the same number.
+        return -_LARGEST <= value < _LARGEST and (wanted is int or float(value) == value)
     return wanted is float and isinstance(value, float) and math.isfinite(value)
 
 

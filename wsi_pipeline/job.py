@@ -210,6 +210,8 @@ class RunReport:
 def read_report(path: Path) -> RunReport | None:
     """Read a report; None where there is none or it is of no use."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         data = parse_json(path.read_text())
         if not isinstance(data, dict) or misfits(RunReport, data):
             return None

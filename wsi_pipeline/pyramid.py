@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.chunks import ChunkFiles
 from wsi_pipeline.compiled import compiled
+from wsi_pipeline.errors import StoreError
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.ome import create_array, oddity
@@ -83,7 +84,10 @@ class Pyramid:
             self._waits[0][self._chunks(box)] = 1
         for level in range(1, len(self.levels)):
             self._filled[level] = np.any(_fours(self._filled[level - 1]), axis=0)
-            self._waits[level] = (_fours(self._waits[level - 1]) > 0).sum(axis=0)
+            # Of chunks, those with blocks still to come; of coarser ones, all: those below which
+            # everything is written may never have been made, and finish() makes them first.
+            below = self._waits[0] if level == 1 else self._filled[level - 1]
+            self._waits[level] = (_fours(below) > 0).sum(axis=0)
 
     def update(self, box: Box) -> None:
         """Make the coarser chunks that wait for nothing but this block, which is written."""
@@ -118,7 +122,7 @@ class Pyramid:
         box = box.intersect(Box(x=0, y=0, width=finer.shape[-1], height=finer.shape[-2]))
         pixels = np.zeros((*finer.shape[:-2], box.height, box.width), np.uint8)
         for down, along in np.ndindex(2, 2):
-            chunk = finer.read(2 * row + down, 2 * column + along)
+            chunk = _read(finer, 2 * row + down, 2 * column + along)
             if chunk is not None:
                 y, x = down * high, along * wide
                 pixels[..., y : y + chunk.shape[-2], x : x + chunk.shape[-1]] = chunk
@@ -135,6 +139,16 @@ def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:
     if not isinstance(array, zarr.Array):
         raise TypeError(f"{key} is not an array")
     return array
+
+
+def _read(files: ChunkFiles, row: int, column: int) -> Pixels | None:
+    try:
+        return files.read(row, column)
+    except (RuntimeError, ValueError) as error:
+        msg = (
+            f"{files.path(row, column)} is damaged ({error}); run the slide again with --overwrite"
+        )
+        raise StoreError(msg) from error
 
 
 def _fours(grid: NDArray[Any]) -> NDArray[Any]:

@@ -108,9 +108,9 @@ def summary_table(cohort: Cohort) -> pa.Table:
 
     Objects of kinds beyond :data:`KINDS` get columns at the end, ``n_<kind>``.
     """
-    more = sorted(
-        {kind for own in cohort.states if own.report for kind in own.report.counts} - set(KINDS)
-    )
+    kinds = {kind for own in cohort.states if own.report for kind in own.report.counts}
+    # Of two that are spelt alike, one: no process of ours writes such.
+    more = sorted({plain_text(kind): kind for kind in sorted(kinds - set(KINDS))}.values())
     schema = SUMMARY_SCHEMA
     for kind in more:
         schema = schema.append(pa.field(plain_text(f"n_{kind}"), pa.int64()))

@@ -17,7 +17,14 @@ from wsi_pipeline.attempt import Attempt, record, refuse, take_lease
 from wsi_pipeline.durable import partial_path, remove_tree, sweep
 from wsi_pipeline.engines.folders import Folders
 from wsi_pipeline.engines.watcher import Watcher
-from wsi_pipeline.errors import SlideBusyError, SlideError, StoreError, WsiPipelineError
+from wsi_pipeline.errors import (
+    DiskFullError,
+    OutOfMemoryError,
+    SlideBusyError,
+    SlideError,
+    StoreError,
+    WsiPipelineError,
+)
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths
 from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
@@ -32,6 +39,8 @@ Only = Literal["maps", "objects"]
 """A half of the work: what needs the network, or what needs none."""
 MOST_DEATHS = 3
 """A slide at which the process was killed so often in a row is given up."""
+LACKS = DiskFullError.code, OutOfMemoryError.code
+"""Errors that tell nothing of what was made before them."""
 ASK_AGAIN_S = 1.0
 """How often to look whether another process has done with a slide."""
 
@@ -200,7 +209,7 @@ class _Run:
         if self._passed_over(job):
             return None
         _require_slide(job)
-        if self.only == "objects" and finished_report(job) is not None:
+        if self.only == "objects":
             _require_maps(job)
         with ExitStack() as stack:
             lease = take_lease(job)
@@ -210,10 +219,10 @@ class _Run:
                 return None
             attempt = Attempt(job, lease)
             self.watcher.start(job)
-            # Only what was finished is thrown away: an interrupted --overwrite goes on.
             attempt.require_ours()
-            again = self.overwrite and self.only != "objects"
-            _clear(job, maps=again and finished_report(job) is not None)
+            if self.only != "objects":  # which replaces its tables when it has others
+                _clear(job, maps=self.overwrite and _ended(job))
+            _sweep(job)
             stack.pop_all()
         return attempt
 
@@ -312,13 +321,18 @@ def _require_slide(job: SlideJob) -> None:
 
 
 def _require_maps(job: SlideJob) -> None:
-    """Refuse to take back tables that cannot be made again.
+    """Refuse to report on a slide that is done what can only be that there are no maps of it.
 
     Raises:
-        StoreError: the maps of a slide that is done are not there, or damaged.
+        StoreError: the maps that this job asks for are not there.
     """
+    report = read_report(job.report_path)
+    if report is None or not report.done:
+        return  # whose report may say so
     try:
-        PredictionStore.open(job.maps_path)
+        store = PredictionStore.open(job.maps_path)
+        if store.meta["made"].get("job") != job.job_id:
+            raise StoreError(f"{job.maps_path} was made by other options, or of another slide.")
     except StoreError as error:
         msg = (
             f"{error} The tables that were made of it stay as they are; to make them again, run "
@@ -327,8 +341,18 @@ def _require_maps(job: SlideJob) -> None:
         raise StoreError(msg) from error
 
 
+def _ended(job: SlideJob) -> bool:
+    """Whether the last try at this job came to an end that --overwrite throws away.
+
+    One that was interrupted goes on, and so does one that lacked room: its maps are good.
+    """
+    failed = _failed_report(job)
+    lacked = failed is not None and (failed.error or {}).get("code") in LACKS
+    return finished_report(job) is not None or (failed is not None and not lacked)
+
+
 def _clear(job: SlideJob, *, maps: bool) -> None:
-    """Take back the claim and the tables, and sweep up after processes that were killed.
+    """Take back the claim and the tables.
 
     Args:
         job: what is begun.
@@ -341,6 +365,10 @@ def _clear(job: SlideJob, *, maps: bool) -> None:
     if maps:
         remove_tree(partial_path(job.maps_path))
         remove_tree(job.maps_path)
+
+
+def _sweep(job: SlideJob) -> None:
+    """Sweep up after processes that were killed."""
     for path in (
         job.objects_path,
         job.tissue_path,
