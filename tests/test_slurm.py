@@ -219,7 +219,11 @@ def disturbed(cluster, slides, beginning, tmp_path_factory):
 
     story.caught["killed"] = take()
     os.kill(story.caught["killed"].pid, signal.SIGKILL)
+    again = story.caught["killed"].task
+    cluster.until(lambda tasks: any(t.index == again and t.restarts for t in tasks), job)
 
+    # It writes down what it knows within seconds; killed sooner, it starts a job twice.
+    time.sleep(6)
     cluster.kill_controller()
     cluster.start_controller()
 

@@ -25,6 +25,7 @@ from benchmarks.cluster.tasks import Task, parse_tasks
 __all__ = ["Cluster"]
 
 _POLL_S = 0.2
+_LAUNCH_FAILED = "launch_failed_requeued_held"
 _SETTLED_S = 2.5
 """slurmd refuses to start a job again in the second in which it was killed."""
 
@@ -238,17 +239,25 @@ class Cluster:
             time.sleep(_POLL_S)
 
     def nudge(self, tasks: Sequence[Task] | None = None) -> None:
-        """Let requeued jobs go that have been held back for some seconds; call it repeatedly."""
+        """Let requeued jobs go that have been held back for some seconds; call it repeatedly.
+
+        Started again too soon for slurmd, a job is held and its node drained ("Duplicate jobid"):
+        what an administrator would put right.
+        """
         now = time.monotonic()
-        held = {
-            task.name
+        pending = {
+            task.name: task.reason
             for task in (self.tasks() if tasks is None else tasks)
-            if task.state == "PENDING" and task.reason == "BeginTime"
+            if task.state == "PENDING" and task.reason in ("BeginTime", _LAUNCH_FAILED)
         }
-        self._held_since = {name: self._held_since.get(name, now) for name in held}
+        self._held_since = {name: self._held_since.get(name, now) for name in pending}
         for name, since in self._held_since.items():
-            if now - since > _SETTLED_S:
-                self.command("scontrol", "update", f"JobId={name}", "StartTime=now", check=False)
+            if now - since <= _SETTLED_S:
+                continue
+            if pending[name] == _LAUNCH_FAILED:
+                self._update_node("State=RESUME")
+                self.command("scontrol", "release", name, check=False)
+            self.command("scontrol", "update", f"JobId={name}", "StartTime=now", check=False)
 
     # -- inside --------------------------------------------------------------------------------
 
