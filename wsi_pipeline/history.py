@@ -6,8 +6,8 @@
     logs/<slide_id>.jsonl.1    what came before, once the file had grown to a size
 
 Every line is one write at the end of the file, so lines of several writers never mix (there may
-be an empty one between them), and the file is opened for each, so others may rename or truncate it (logrotate). Only the process that
-works on the slide puts it aside. What must outlive old
+be an empty one between them), and the file is opened for each, so others may rename or truncate
+it (logrotate). Only the process that works on the slide puts it aside. What must outlive old
 lines, how often a slide was begun and how often that killed its process, is carried over in the
 first line of the new file.
 """
