@@ -18,6 +18,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from wsi_pipeline.durable import sync
+from wsi_pipeline.errors import StoreError
 
 __all__ = ["ZSTD_LEVEL", "ChunkFiles", "compress", "sync_chunks"]
 
@@ -89,8 +90,8 @@ class ChunkFiles:
 
         Raises:
             FileNotFoundError: the array is gone, as with a disk that is unmounted.
-            ValueError, RuntimeError: the file is damaged, or holds another number of bytes than
-                a chunk has pixels.
+            StoreError: the file is damaged, or holds another number of bytes than a chunk has
+                pixels.
         """
         most = math.prod(self.chunks)
         data = self._read(row, column, 2 * most + 1024)
@@ -101,10 +102,16 @@ class ChunkFiles:
         if data is None:
             return None
         said = _zstd_size(data)
-        if said != most:  # asked first: a few bytes may claim to be many
-            msg = f"{said} bytes in place of {most}"
-            raise ValueError(msg)
-        chunk: Pixels = np.frombuffer(Zstd().decode(data), np.uint8).reshape(self.chunks)
+        try:
+            if said != most:  # asked first: a few bytes may claim to be many
+                raise ValueError(f"{said} bytes in place of {most}")
+            chunk: Pixels = np.frombuffer(Zstd().decode(data), np.uint8).reshape(self.chunks)
+        except (RuntimeError, ValueError) as error:
+            msg = (
+                f"the chunk {self.path(row, column)} is damaged ({error}); "
+                "run the slide again with --overwrite"
+            )
+            raise StoreError(msg) from error
         (high, wide), (height, width) = self.chunks[-2:], self.shape[-2:]
         return chunk[..., : height - row * high, : width - column * wide]
 

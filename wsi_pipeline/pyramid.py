@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.chunks import ChunkFiles
 from wsi_pipeline.compiled import compiled
-from wsi_pipeline.errors import StoreError
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.ome import create_array, oddity
@@ -122,7 +121,7 @@ class Pyramid:
         box = box.intersect(Box(x=0, y=0, width=finer.shape[-1], height=finer.shape[-2]))
         pixels = np.zeros((*finer.shape[:-2], box.height, box.width), np.uint8)
         for down, along in np.ndindex(2, 2):
-            chunk = _read(finer, 2 * row + down, 2 * column + along)
+            chunk = finer.read(2 * row + down, 2 * column + along)
             if chunk is not None:
                 y, x = down * high, along * wide
                 pixels[..., y : y + chunk.shape[-2], x : x + chunk.shape[-1]] = chunk
@@ -139,16 +138,6 @@ def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:
     if not isinstance(array, zarr.Array):
         raise TypeError(f"{key} is not an array")
     return array
-
-
-def _read(files: ChunkFiles, row: int, column: int) -> Pixels | None:
-    try:
-        return files.read(row, column)
-    except (RuntimeError, ValueError) as error:
-        msg = (
-            f"{files.path(row, column)} is damaged ({error}); run the slide again with --overwrite"
-        )
-        raise StoreError(msg) from error
 
 
 def _fours(grid: NDArray[Any]) -> NDArray[Any]:

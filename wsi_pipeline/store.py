@@ -314,15 +314,8 @@ class PredictionStore:
 
     def _decode(self, key: str, box: Box) -> Pixels | None:
         array = self._files[key]
-        try:
-            with self._not_elsewhere():
-                return array.read(box.y // array.chunks[-2], box.x // array.chunks[-1])
-        except (RuntimeError, ValueError) as error:
-            msg = (
-                f"{self.path}: the chunk of {key} at ({box.x}, {box.y}) is damaged ({error}); "
-                "run the slide again with --overwrite"
-            )
-            raise StoreError(msg) from error
+        with self._not_elsewhere():
+            return array.read(box.y // array.chunks[-2], box.x // array.chunks[-1])
 
     def require_there(self) -> None:
         """Check that the store has not been taken away, as with a disk that is unmounted.
@@ -438,7 +431,7 @@ def _open(path: Path, mode: Literal["r", "r+"]) -> PredictionStore | None:
     """Open whatever lies at a path; None where it is not, or no longer, a store to go on with.
 
     That is a template that was never completed, a store of another version of this package,
-    or one whose record of blocks was torn (zarr then raises RuntimeError).
+    or one whose record of blocks was torn.
     """
     try:
         # Of format 3 alone: the older one knows codecs that run what they read.
