@@ -11,8 +11,9 @@ from scipy import ndimage as ndi
 
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances.kernels import describe, find_runs, label_runs
+from wsi_pipeline.instances.outlines import MEASURES, Outlines
 from wsi_pipeline.instances.runs import Runs
-from wsi_pipeline.instances.tracing import MEASURES, Outlines, trace_labels, trace_runs
+from wsi_pipeline.instances.tracing import trace_labels, trace_runs
 
 settings.register_profile("compiled", deadline=None)  # the first call compiles
 settings.load_profile("compiled")
@@ -67,14 +68,17 @@ def test_outer_rings_of_a_label_image(seed):
     y, x0, x1, value = find_runs(mask.view(np.uint8))
     labels, count = label_runs(y, x0, x1, value, 0)
     table = describe(y, x0, x1, labels, count)
-    image = np.zeros(mask.shape, np.int32)
-    image[:] = ndi.label(mask)[0]
+    image = ndi.label(mask)[0]
     first = table[:, 6] * mask.shape[1] + table[:, 5]
+    bits, dtype = ((22, np.int32), (40, np.int64))[seed % 2]
+    beside = np.random.default_rng(seed).integers(0, 256, mask.shape) << bits
     kept, outlines = trace_labels(
-        image.copy(),
+        (image | np.where(image, beside, 0)).astype(dtype),
         np.arange(1, count + 1),
         first,
+        table[:, 0],
         table[:, 5:7] + [7, 11],
+        label_bits=bits,
         origin=(7, 11),
         min_area_px=3,
     )
@@ -100,13 +104,42 @@ def test_one_pixel_is_a_diamond_on_the_grid():
     assert dict(zip(MEASURES, outlines.measures[0], strict=True))["steps_diagonal"] == 4
 
 
-def test_a_ring_longer_than_the_buffer():
+def worst_cases():
+    """Objects with as many vertices a pixel, or a run, as there can be."""
     comb = np.zeros((900, 3), bool)
     comb[:, 0] = True
     comb[::2, 1:] = True
-    _, (shape,), _ = drawn(comb)
+    stairs = np.eye(300, dtype=bool) | np.eye(300, k=1, dtype=bool)
+    sieve = np.ones((201, 201), bool)
+    sieve[1::2, 1::2] = False
+    return {
+        "comb": comb,
+        "across": comb.T,
+        "stairs": stairs,
+        "mirrored": stairs[:, ::-1],
+        "sieve": sieve,
+        "line": np.ones((1, 5000), bool),
+        "dot": np.ones((1, 1), bool),
+    }
+
+
+@pytest.mark.parametrize("name", worst_cases())
+def test_room_for_the_longest_rings(name):
+    mask = worst_cases()[name]
+    outlines, (shape,), _ = drawn(mask)
+    n_runs = find_runs(np.ascontiguousarray(mask, np.uint8))[0].size
     assert shape.is_valid
-    assert shape.area == comb.sum() - 0.5
+    assert len(outlines.vertices) <= 6 * n_runs
+    holes = len(shape.interiors)
+    assert shape.area == mask.sum() - 0.5 + 0.5 * holes
+    cells = np.pad(mask, 1).astype(np.int32, order="C")
+    first = np.flatnonzero(cells)[:1]
+    _, outer = trace_labels(
+        cells, np.ones(1, np.int64), first, np.array([mask.sum()]), np.zeros((1, 2), np.int64),
+        label_bits=22, origin=(0, 0), min_area_px=0,
+    )  # fmt: skip
+    assert len(outer.vertices) <= 2 * mask.sum() + 2
+    assert polygons(outer)[0].area == shapely.Polygon(shape.exterior).area
 
 
 def test_concatenation_keeps_objects_apart():

@@ -31,17 +31,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from wsi_pipeline.geometry import Box
+from wsi_pipeline.instances.anchoring import eroded_cores, judge, spread
 from wsi_pipeline.instances.heads import HeadMaps, Objects, above
-from wsi_pipeline.instances.kernels import (
-    Ints,
-    cores_and_ground,
-    describe,
-    find_runs,
-    grow,
-    label_runs,
-    paint,
-    tally,
-)
+from wsi_pipeline.instances.kernels import Ints, describe, label_runs
 from wsi_pipeline.instances.runs import Runs
 from wsi_pipeline.instances.tracing import trace_labels
 from wsi_pipeline.spec import AnchorRules
@@ -52,24 +44,22 @@ _FIRST_RADIUS_PX = 64
 """How far a second look reaches at least; twice that on the third, and so on."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Cores:
-    """The cores that a window sees."""
+_FEW_BITS, _MANY_BITS = 22, 40
+"""Of a label in a cell of 32 bits, beside a probability and a sign, and of 64."""
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """A window of the maps."""
+
+    read: Box
+    """What was read, on the head's grid: the window and a border of one pixel."""
     runs: Ints
-    """(3, N) int32 ``y, x0, x1`` in the window's array."""
-    labels: Ints
-    """(N,) int32 core of each run, from 1."""
-    table: Ints
-    """(n, 7) int64: area, box and anchor in the head's grid, see ``kernels.describe``."""
-    seeds: Ints
-    """(n,) bool: takes part in growth; cut cores do, whatever their visible size."""
-    closed: Ints
-    """(n,) bool: ours to draw here."""
-    open: Ints
-    """(n,) bool: may be ours, needs a larger window."""
-    oversized: bool
-    """Whether a core of the tile exceeds the largest diameter."""
+    """(3, N) int32 ``y, x0, x1`` of the cores, in the arrays below."""
+    ground: Ints
+    """(H, W) uint8, 1 where objects may be."""
+    inner: Ints
+    """(H, W) uint8 probability of an object's inside."""
 
 
 class AnchorFinder:
@@ -118,16 +108,16 @@ class AnchorFinder:
         Returns:
             ``(places, values)`` as ``Runs.join`` wants them.
         """
-        core, _, _ = self._threshold(tile)
-        y, x0, x1, value = find_runs(core)
-        labels, count = label_runs(y, x0, x1, value, 0)
+        seen = self._threshold(tile)
+        y, x0, x1 = seen.runs
+        labels, count = label_runs(y, x0, x1, np.ones_like(y), 0)
         table = describe(y, x0, x1, labels, count)
         # The map has a border of one pixel around the tile.
         cut = (table[:, 1:3] <= 1).any(axis=1)
         cut |= (table[:, 3] > tile.width) | (table[:, 4] > tile.height)
         kept = (cut | self._too_large(table))[labels - 1]
         places = np.stack([y + (tile.y - 1), x0 + (tile.x - 1), x1 + (tile.x - 1)])
-        return places[:, kept], value[kept]
+        return places[:, kept], np.ones(np.count_nonzero(kept), np.int32)
 
     def count_oversized(self, parts: list[tuple[Ints, Ints]]) -> int:
         """Count the cores of the whole map that exceed the largest diameter.
@@ -144,8 +134,8 @@ class AnchorFinder:
         extent = np.maximum(table[:, 3] - table[:, 1], table[:, 4] - table[:, 2])
         return np.asarray(extent > self._max_px)
 
-    def _threshold(self, window: Box) -> tuple[Ints, Ints, Ints]:
-        """Return cores, foreground and inner map of a window, with a border of one pixel."""
+    def _threshold(self, window: Box) -> _Seen:
+        """Read a window, with a border of one pixel, and find the runs of its cores."""
         read = window.pad(1)
         inner, contour = self.maps.probabilities(read)
         outside = read.intersect(self.maps.grid.box).relative_to(read)
@@ -154,73 +144,67 @@ class AnchorFinder:
             # Beyond the slide counts as foreground: its border does not erode.
             seen = np.full_like(inner, 255)
             seen[outside.slices] = inner[outside.slices]
-        return *cores_and_ground(seen, contour, self._core_from, self._ground_from), inner
+        y, x0, x1, ground = eroded_cores(seen, contour, self._core_from, self._ground_from)
+        return _Seen(read=read, runs=np.stack([y, x0, x1]), ground=ground, inner=inner)
 
     def _look(self, own: Box, window: Box) -> tuple[Objects | None, list[tuple[int, int]], bool]:
         window = window.intersect(self.maps.grid.box)
-        core, ground, inner = self._threshold(window)
-        y, x0, x1, value = find_runs(core)
+        seen = self._threshold(window)
+        y, x0, x1 = seen.runs
         if y.size == 0:
             return None, [], False
-        labels, count = label_runs(y, x0, x1, value, 0)
+        labels, count = label_runs(y, x0, x1, np.ones_like(y), 0)
         table = describe(y, x0, x1, labels, count)
-        table[:, [1, 3, 5]] += window.x - 1
-        table[:, [2, 4, 6]] += window.y - 1
-        cores = self._judge(np.stack([y, x0, x1]), labels, table, own, window)
-        open_anchors = [(int(x), int(y)) for x, y in table[cores.open, 5:7]]
-        objects = self._draw(cores, ground, inner, window) if cores.closed.any() else None
-        return objects, open_anchors, cores.oversized
-
-    def _judge(self, runs: Ints, labels: Ints, table: Ints, own: Box, window: Box) -> _Cores:
-        area, box, anchor = table[:, 0], table[:, 1:5], table[:, 5:7]
-        slide = self.maps.grid.box
-        sides = np.array([window.x, window.y, window.x1, window.y1])
-        real = sides == [slide.x, slide.y, slide.x1, slide.y1]
-        # Distance of each box to each side; a side of the slide is infinitely far.
-        room = np.where(real, np.iinfo(np.int64).max, np.abs(box - sides))
-        cut = (room == 0).any(axis=1)
-        small = area < self._min_core_px
-        oversized = self._too_large(table) & ~small
-        mine = (
-            (anchor >= [own.x, own.y]).all(axis=1)
-            & (anchor < [own.x1, own.y1]).all(axis=1)
-            & (cut | ~small)
+        table[:, [1, 3, 5]] += seen.read.x
+        table[:, [2, 4, 6]] += seen.read.y
+        seeds, closed, open_, oversized = judge(
+            table,
+            _sides(own),
+            _sides(window),
+            _sides(self.maps.grid.box),
+            self._margin,
+            self._min_core_px,
+            self._max_px,
         )
-        listed = mine & ~oversized
-        closed = listed & (room >= self._margin).all(axis=1)
-        for other in box[cut & small]:
-            gap = np.maximum(box[:, :2] - other[2:], other[:2] - box[:, 2:]).max(axis=1)
-            closed &= gap > self._margin
-        return _Cores(
-            runs=runs,
-            labels=labels,
-            table=table,
-            seeds=cut | ~small,
-            closed=closed,
-            open=listed & ~closed,
-            oversized=bool((mine & oversized).any()),
-        )
+        open_anchors = [(int(x), int(y)) for x, y in table[open_, 5:7]]
+        if not closed.any():
+            return None, open_anchors, oversized
+        labels[~seeds[labels - 1]] = 0
+        ids = np.flatnonzero(closed) + 1
+        anchors = np.ascontiguousarray(table[ids - 1, 5:7])
+        return self._draw(seen, labels, count, ids, anchors), open_anchors, oversized
 
-    def _draw(self, cores: _Cores, ground: Ints, inner: Ints, window: Box) -> Objects:
-        count = len(cores.table)
-        image = np.zeros(inner.shape, np.int32)
-        value = np.where(cores.seeds[cores.labels - 1], cores.labels, 0).astype(np.int32)
-        y, x0, x1 = cores.runs
-        paint(image, y, x0, x1, value, 0, 0)
-        runs = np.ascontiguousarray(cores.runs[:, value > 0])
-        free = np.zeros(count + 1, np.int32)
-        grown = grow(image, inner, ground, free, np.empty(0, np.int64), self._steps, runs)
-        classes = self.maps.classes(window.pad(1))
-        sums, votes, first = tally(image, inner, classes, runs, grown, count, self.maps.n_classes)
-        ids = np.flatnonzero(cores.closed) + 1
-        anchors = np.ascontiguousarray(cores.table[ids - 1, 5:7])
+    def _draw(self, seen: _Seen, labels: Ints, count: int, ids: Ints, anchors: Ints) -> Objects:
+        """Let the cores with a label grow, and draw some of them."""
+        n_classes = self.maps.n_classes
+        bits, cell = (_FEW_BITS, np.int32) if count < 1 << _FEW_BITS else (_MANY_BITS, np.int64)
+        cells = np.zeros(seen.inner.shape, cell)
+        classes = self.maps.classes(seen.read)
+        sums, votes, first = spread(
+            cells,
+            bits,
+            seen.inner,
+            seen.ground,
+            self._steps,
+            seen.runs,
+            labels,
+            classes,
+            count,
+            n_classes,
+        )
         kept, outlines = trace_labels(
-            image,
+            cells,
             ids,
             first[ids],
+            sums[ids, 0],
             anchors,
-            origin=(window.x - 1, window.y - 1),
+            label_bits=bits,
+            origin=(seen.read.x, seen.read.y),
             min_area_px=self._min_area_px,
         )
         ids = ids[kept]
         return Objects(anchors=anchors[kept], outlines=outlines, sums=sums[ids], votes=votes[ids])
+
+
+def _sides(box: Box) -> Ints:
+    return np.array([box.x, box.y, box.x1, box.y1])

@@ -10,7 +10,7 @@ import numpy as np
 
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.instances.kernels import Ints
-from wsi_pipeline.instances.tracing import Outlines
+from wsi_pipeline.instances.outlines import Outlines
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 
 __all__ = ["HeadMaps", "MapStore", "Objects", "above"]

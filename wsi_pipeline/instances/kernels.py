@@ -17,7 +17,6 @@ from wsi_pipeline.compiled import compiled
 
 __all__ = [
     "Ints",
-    "cores_and_ground",
     "describe",
     "find_runs",
     "grow",
@@ -29,38 +28,6 @@ __all__ = [
 
 Ints = NDArray[Any]
 """An integer array; the docstring of each kernel says which."""
-
-
-@compiled
-def cores_and_ground(
-    inner: Ints, contour: Ints, core_from: int, ground_from: int
-) -> tuple[Ints, Ints]:
-    """Threshold two probability maps and erode the foreground by the 3 x 3 cross.
-
-    Args:
-        inner: (H, W) uint8; the outermost pixels only serve the erosion.
-        contour: (H, W) uint8.
-        core_from: smallest inner value of a core pixel.
-        ground_from: smallest inner + contour of a foreground pixel.
-
-    Returns:
-        Cores and eroded foreground, both (H, W) uint8 0 or 1 with a zero border.
-    """
-    height, width = inner.shape
-    above = np.empty((height, width), np.uint8)
-    for y in range(height):
-        for x in range(width):
-            above[y, x] = np.uint16(inner[y, x]) + np.uint16(contour[y, x]) >= ground_from
-    core = np.zeros((height, width), np.uint8)
-    ground = np.zeros((height, width), np.uint8)
-    for y in range(1, height - 1):
-        for x in range(1, width - 1):
-            here = (
-                above[y, x] & above[y - 1, x] & above[y + 1, x] & above[y, x - 1] & above[y, x + 1]
-            )
-            ground[y, x] = here
-            core[y, x] = here & np.uint8(inner[y, x] >= core_from)
-    return core, ground
 
 
 @compiled
@@ -218,7 +185,7 @@ def _choose(
 @compiled
 def grow(
     labels: Ints, inner: Ints, ground: Ints, owner: Ints, offsets: Ints, steps: int, runs: Ints
-) -> Ints:
+) -> None:
     """Let labels spread over the ground, all at the same time, one pixel a step.
 
     An unlabelled pixel takes the label of that 4-neighbour with the largest ``inner``
@@ -236,9 +203,6 @@ def grow(
             only if the label's original pixels meet the element there. Empty: no limit.
         steps: how many pixels far.
         runs: (3, N) int32, rows ``y, x0, x1``: where labelled pixels are.
-
-    Returns:
-        int64 flat indices of the pixels that were added.
     """
     width = labels.shape[1]
     label_at, inner_at, ground_at = labels.reshape(-1), inner.reshape(-1), ground.reshape(-1)
@@ -274,51 +238,37 @@ def grow(
         begin = first
         if first == end:
             break
-    return grown[:end].copy()
 
 
 @compiled
 def tally(
-    labels: Ints, inner: Ints, classes: Ints, runs: Ints, extra: Ints, count: int, n_classes: int
-) -> tuple[Ints, Ints, Ints]:
+    labels: Ints, inner: Ints, classes: Ints, runs: Ints, count: int, n_classes: int
+) -> tuple[Ints, Ints]:
     """Sum over the pixels of each label.
 
     Args:
         labels: (H, W) int32.
         inner: (H, W) uint8.
         classes: (H, W) uint8 class ids; not read when ``n_classes`` is 0.
-        runs: (3, N) int32 ``y, x0, x1``: pixels to count.
-        extra: flat indices of more pixels to count.
+        runs: (3, N) int32 ``y, x0, x1`` of one label each: pixels to count.
         count: number of labels.
         n_classes: number of classes.
 
     Returns:
         (count + 1, 2) int64 pixels and summed inner values; (count + 1, n_classes) int64
-        votes; (count + 1,) int64 flat index of the raster-first pixel.
+        votes.
     """
-    width = labels.shape[1]
-    label_at, inner_at, class_at = labels.reshape(-1), inner.reshape(-1), classes.reshape(-1)
     sums = np.zeros((count + 1, 2), np.int64)
     votes = np.zeros((count + 1, n_classes), np.int64)
-    first = np.full(count + 1, label_at.size, np.int64)
-    n_runs = runs.shape[1]
-    for i in range(n_runs + extra.size):
-        if i < n_runs:
-            start = runs[0, i] * width + runs[1, i]
-            stop = runs[0, i] * width + runs[2, i]
-        else:
-            start = extra[i - n_runs]
-            stop = start + 1
-        label = label_at[start]
-        if label == 0:
-            continue
-        first[label] = min(first[label], start)
+    for i in range(runs.shape[1]):
+        y, start, stop = runs[0, i], runs[1, i], runs[2, i]
+        label = labels[y, start]
         sums[label, 0] += stop - start
-        for pixel in range(start, stop):
-            sums[label, 1] += inner_at[pixel]
-            if n_classes and class_at[pixel] < n_classes:
-                votes[label, class_at[pixel]] += 1
-    return sums, votes, first
+        for x in range(start, stop):
+            sums[label, 1] += inner[y, x]
+            if n_classes and classes[y, x] < n_classes:
+                votes[label, classes[y, x]] += 1
+    return sums, votes
 
 
 @compiled

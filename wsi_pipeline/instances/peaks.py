@@ -25,7 +25,7 @@ from wsi_pipeline.compiled import compiled
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.instances.heads import HeadMaps, Objects, above
 from wsi_pipeline.instances.kernels import Ints
-from wsi_pipeline.instances.tracing import MEASURES, Outlines
+from wsi_pipeline.instances.outlines import MEASURES, Outlines
 from wsi_pipeline.spec import PeakRules
 
 __all__ = ["PeakFinder"]

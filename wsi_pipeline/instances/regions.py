@@ -239,12 +239,11 @@ class _Growth:
         inside = tile.relative_to(read).slices
         image = np.ascontiguousarray(image[inside])
         y, x0, x1, value = find_runs(image)
-        sums, votes, _ = tally(
+        sums, votes = tally(
             image,
             np.ascontiguousarray(inner[inside]),
             self.maps.classes(tile),
             np.stack([y, x0, x1]),
-            np.empty(0, np.int64),
             ids.size,
             self.maps.n_classes,
         )

@@ -17,115 +17,43 @@ that does not depend on any window), so filled holes cost nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from wsi_pipeline.compiled import compiled
-from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances.kernels import Ints
+from wsi_pipeline.instances.outlines import Outlines
 
-__all__ = ["MEASURES", "Outlines", "trace_labels", "trace_runs"]
-
-MEASURES = (
-    "area",  # pixels of the region: filled holes in, open holes out
-    "x",  # sums over the region's pixels, relative to the anchor
-    "y",
-    "xx",
-    "xy",
-    "yy",
-    "steps_x",  # steps of one pixel along x, along y, and half-pixel diagonals
-    "steps_y",
-    "steps_diagonal",
-    "hull",  # area of the outer ring's convex hull, in eighths of a pixel
-    "left",  # extent in half-pixels
-    "top",
-    "right",
-    "bottom",
-)
-"""Columns of :attr:`Outlines.measures`."""
-
-_LEFT, _COUNT = MEASURES.index("left"), len(MEASURES)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outlines:
-    """Rings and measures of objects on one pixel grid."""
-
-    measures: Ints
-    """(N, 14) int64, see :data:`MEASURES`; float64 for boxes, whose edges may halve pixels."""
-    vertices: Ints
-    """(V, 2) int32 ring vertices in half-pixels of the grid; rings are not closed."""
-    ring_ends: Ints
-    """(R,) int64: where each ring ends in ``vertices``."""
-    object_ends: Ints
-    """(N,) int64: where each object ends in ``ring_ends``; its first ring is the outer one."""
-
-    @classmethod
-    def concatenate(cls, parts: list[Outlines]) -> Outlines:
-        """Join outlines on the same grid."""
-        rings = np.cumsum([0, *(part.ring_ends.size for part in parts)])
-        vertices = np.cumsum([0, *(len(part.vertices) for part in parts)])
-        return cls(
-            measures=np.concatenate([part.measures for part in parts]),
-            vertices=np.concatenate([part.vertices for part in parts]),
-            ring_ends=np.concatenate(
-                [part.ring_ends + start for part, start in zip(parts, vertices, strict=False)]
-            ),
-            object_ends=np.concatenate(
-                [part.object_ends + start for part, start in zip(parts, rings, strict=False)]
-            ),
-        )
-
-    def column(self, name: str) -> Ints:
-        """Return one measure of all objects."""
-        return self.measures[:, MEASURES.index(name)]
-
-    @property
-    def ring_counts(self) -> Ints:
-        """Rings of each object; one without open holes."""
-        return np.diff(self.object_ends, prepend=0)
-
-    def bounds(self, grid: PixelGrid) -> Ints:
-        """Return the (N, 4) float64 extents in level-0 pixels: left, top, right, bottom."""
-        half = self.measures[:, _LEFT:_COUNT].astype(np.float64) * 0.5
-        bounds: Ints = half * (*grid.spacing, *grid.spacing) + (*grid.origin, *grid.origin)
-        return bounds
-
-    def wkb(self, grid: PixelGrid) -> tuple[Ints, Ints]:
-        """Encode the polygons in level-0 pixels.
-
-        Returns:
-            (N + 1,) int32 offsets and the uint8 bytes: the two buffers of an Arrow array.
-        """
-        return _encode_wkb(
-            self.vertices, self.ring_ends, self.object_ends, *grid.spacing, *grid.origin
-        )
+__all__ = ["trace_labels", "trace_runs"]
 
 
 def trace_labels(
-    labels: Ints,
+    cells: Ints,
     ids: Ints,
     first: Ints,
+    areas: Ints,
     anchors: Ints,
     *,
+    label_bits: int,
     origin: tuple[int, int],
     min_area_px: int,
 ) -> tuple[Ints, Outlines]:
     """Trace the outer rings of some labels of an image.
 
     Args:
-        labels: (H, W) int32 with a zero border; marked, so of no use afterwards.
+        cells: (H, W) int32 or int64 with a zero border; the lower bits are the label.
         ids: (N,) the labels to trace.
         first: (N,) int64 flat index of each label's raster-first pixel.
+        areas: (N,) int64 pixels of each label.
         anchors: (N, 2) int64 x, y of the pixel that the moments are relative to.
+        label_bits: how many bits of a cell are the label.
         origin: position x, y of the image's first pixel.
         min_area_px: objects with fewer pixels (holes filled) are left out.
 
     Returns:
         (N,) bool which objects are kept, and their outlines.
     """
-    kept, *arrays = _trace_labels(labels, ids, first, anchors, *origin, min_area_px)
+    mask = (1 << label_bits) - 1
+    kept, *arrays = _trace_labels(cells, mask, ids, first, areas, anchors, *origin, min_area_px)
     return kept, _outlines(*arrays)
 
 
@@ -147,102 +75,141 @@ def _outlines(measures: Ints, vertices: Ints, ring_ends: Ints, object_ends: Ints
 
 
 @compiled
-def _with_room(vertices: Ints, n: int) -> Ints:
-    """Return the vertices, moved to a larger array if row ``n`` would not fit."""
-    if n < vertices.shape[0]:
-        return vertices
-    larger = np.empty((2 * n, 2), np.int32)
-    larger[:n] = vertices
-    return larger
+def _walk_of(width: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return, by direction (0 up, 1 right, 2 down, 3 left), what a walk in an image needs.
 
-
-@compiled
-def _add_line(row: Ints, sign: int, west: int, line: int) -> None:
-    """Count the pixels west of a vertical crack in (+1) or out (-1): Green's theorem."""
-    sum_x = west * (west - 1) // 2
-    row[0] += sign * west
-    row[1] += sign * sum_x
-    row[2] += sign * west * line
-    row[3] += sign * ((west - 1) * west * (2 * west - 1) // 6)
-    row[4] += sign * sum_x * line
-    row[5] += sign * west * line * line
-
-
-@compiled
-def _turn(label_at: Ints, corner: int, direction: int, label: int, visited: int, width: int) -> int:
-    """Return the next direction: left before straight on before right."""
-    # The pixel ahead on the left, as an offset from the corner; the one ahead on the
-    # right is the same entry one direction on.
-    ahead = (-width - 1, -width, 0, -1)
-    if (label_at[corner + ahead[direction]] & (visited - 1)) == label:
-        return (direction + 3) & 3
-    if (label_at[corner + ahead[(direction + 1) & 3]] & (visited - 1)) == label:
-        return direction
-    return (direction + 1) & 3
+    Returns:
+        Pixel ahead on the left, relative to the corner the walk has come to (the one ahead on
+        the right is the next entry); steps along x and y; and both as one flat offset.
+    """
+    ahead = np.array([-width - 1, -width, 0, -1, -width - 1])
+    return ahead, np.array([0, 1, 0, -1]), np.array([-1, 0, 1, 0]), np.array([-width, 1, width, -1])
 
 
 @compiled
 def _follow(
-    labels: Ints,
+    label_at: Ints,
+    width: int,
     start: int,
+    label: int,
+    mask: int,
     visited: int,
+    walk: tuple[Ints, Ints, Ints, Ints],
     vertices: Ints,
     n: int,
-    row: Ints,
+    measures: Ints,
+    k: int,
     origin: tuple[int, int],
-    anchor: Ints,
-) -> tuple[Ints, int]:
-    """Walk one ring from the left crack of a pixel; add to ``vertices`` and ``row``.
+    anchor_x: int,
+    anchor_y: int,
+) -> int:
+    """Walk one ring from the left crack of a pixel; add to ``vertices`` and ``measures[k]``.
 
-    Directions: 0 up, 1 right, 2 down, 3 left. ``row`` has the columns of ``MEASURES``.
+    The way turns left before it goes straight on before it turns right. Nothing but the end
+    of the walk is decided by a branch: at a crack, a branch would be guessed wrong every second
+    time, and cost more than all that is computed.
+
+    Args:
+        label_at: flat image.
+        width: of the image.
+        start: flat index of the pixel.
+        label: of the ring's pixels,
+        mask: under this mask.
+        visited: is set in pixels whose left crack is walked along; 0: nothing is.
+        walk: see :func:`_walk_of`.
+        vertices: with room for the ring and one more.
+        n: vertices that are there.
+        measures: with the columns of ``MEASURES``.
+        k: row to add to; all but extent and hull.
+        origin: position of the image's first pixel.
+        anchor_x: what moments are relative to,
+        anchor_y: and its line.
+
+    Returns:
+        Vertices that are there now.
     """
-    width = labels.shape[1]
-    label_at = labels.reshape(-1)
-    label = label_at[start] & (visited - 1)
-    dx, dy = (0, 1, 0, -1), (-1, 0, 1, 0)
-    first_x, first_y = start % width, start // width
-    x, y, direction, before, closed = first_x, first_y, 0, -1, False
+    ahead, step_x, step_y, step = walk
+    x = start % width + origin[0] - anchor_x
+    y = start // width + origin[1] - anchor_y
+    area = sum_x = sum_y = sum_xx = sum_xy = sum_yy = 0
+    cracks = vertical_pairs = turns = np.int64(0)
+    corner, before, direction, after = np.int64(start), np.int64(0), np.int64(0), np.int64(0)
+    is_first = True
     while True:
-        corner = y * width + x
-        after = _turn(label_at, corner, direction, label, visited, width)
-        if before >= 0:
-            if before != after:
-                vertices = _with_room(vertices, n)
-                vertices[n, 0] = 2 * (x + origin[0]) - dx[direction]
-                vertices[n, 1] = 2 * (y + origin[1]) - dy[direction]
-                n += 1
-            if direction != after:
-                row[8] += 1
-            elif direction & 1:
-                row[6] += 1
-            else:
-                row[7] += 1
-            if not direction & 1:
-                line = (y if direction == 0 else y - 1) + origin[1] - anchor[1]
-                _add_line(row, direction - 1, x + origin[0] - anchor[0], line)
-                if direction == 0:
-                    label_at[corner] |= visited
-            if closed:
-                return vertices, n
+        on_left = np.int64((label_at[corner + ahead[direction]] & mask) == label)
+        on_right = np.int64((label_at[corner + ahead[direction + 1]] & mask) == label)
+        after = (direction + 3 * on_left + (1 - on_left) * (1 - on_right)) & 3
+        if is_first:
+            is_first = False  # where the walk ends, too: this crack is its last
+        else:
+            vertices[n, 0] = 2 * (x + anchor_x) - step_x[direction]
+            vertices[n, 1] = 2 * (y + anchor_y) - step_y[direction]
+            n += before != after
+            is_straight = np.int64(direction == after)
+            cracks += 1
+            turns += 1 - is_straight
+            vertical_pairs += is_straight & (1 - (direction & 1))
+            # Green's theorem: the pixels west of a vertical crack count in or out.
+            line = y - (direction >> 1)
+            west = step_y[direction] * x
+            west_x = west * (x - 1)  # twice the sum of their x
+            area += west
+            sum_x += west_x
+            sum_y += west * line
+            sum_xx += west_x * (2 * x - 1)
+            sum_xy += west_x * line
+            sum_yy += west * line * line
+            if visited and direction == 0:
+                label_at[corner] |= visited
+            if direction == 0 and corner == start:
+                break
         before, direction = direction, after
-        x += dx[direction]
-        y += dy[direction]
-        closed = direction == 0 and x == first_x and y == first_y
+        x += step_x[direction]
+        y += step_y[direction]
+        corner += step[direction]
+    row = measures[k]
+    row[0] += area
+    row[1] += sum_x // 2
+    row[2] += sum_y
+    row[3] += sum_xx // 6
+    row[4] += sum_xy // 2
+    row[5] += sum_yy
+    row[6] += cracks - turns - vertical_pairs
+    row[7] += vertical_pairs
+    row[8] += turns
+    return n
 
 
 @compiled
-def _measure_outer(ring: Ints, row: Ints) -> None:
-    """Add extent and hull of an outer ring: one scan, since rings are lists of rows."""
-    row[10], row[11] = ring[:, 0].min(), ring[:, 1].min()
-    row[12], row[13] = ring[:, 0].max(), ring[:, 1].max()
+def _measure_outer(vertices: Ints, begin: int, end: int, row: Ints, scratch: Ints) -> Ints:
+    """Add extent and hull of an outer ring: one scan, since rings are lists of rows.
+
+    Args:
+        vertices: of which rows ``begin`` to ``end`` are the ring.
+        begin: first vertex.
+        end: one past the last.
+        row: of the measures.
+        scratch: (4, S) int64.
+
+    Returns:
+        The scratch, or a larger one.
+    """
+    left = right = vertices[begin, 0]
+    top = bottom = vertices[begin, 1]
+    for k in range(begin, end):
+        left, right = min(left, vertices[k, 0]), max(right, vertices[k, 0])
+        top, bottom = min(top, vertices[k, 1]), max(bottom, vertices[k, 1])
+    row[10], row[11], row[12], row[13] = left, top, right, bottom
     height = row[13] - row[11] + 1
-    low = np.full(height, row[12] + 1, np.int64)
-    high = np.full(height, row[10] - 1, np.int64)
-    for k in range(ring.shape[0]):
-        line = ring[k, 1] - row[11]
-        low[line] = min(low[line], ring[k, 0])
-        high[line] = max(high[line], ring[k, 0])
-    chain_x, chain_y = np.empty(height, np.int64), np.empty(height, np.int64)
+    if height > scratch.shape[1]:
+        scratch = np.empty((4, 2 * height), np.int64)
+    low, high, chain_x, chain_y = scratch
+    low[:height] = row[12] + 1
+    high[:height] = row[10] - 1
+    for k in range(begin, end):
+        line = vertices[k, 1] - row[11]
+        low[line] = min(low[line], vertices[k, 0])
+        high[line] = max(high[line], vertices[k, 0])
     area = 0
     for side in (-1, 1):
         edge = low if side < 0 else high
@@ -263,31 +230,42 @@ def _measure_outer(ring: Ints, row: Ints) -> None:
         for k in range(1, n):
             area += side * (chain_x[k - 1] + chain_x[k]) * (chain_y[k] - chain_y[k - 1])
     row[9] = area
+    return scratch
 
 
 @compiled
 def _trace_labels(
-    labels: Ints, ids: Ints, first: Ints, anchors: Ints, left: int, top: int, min_area: int
+    cells: Ints,
+    mask: int,
+    ids: Ints,
+    first: Ints,
+    areas: Ints,
+    anchors: Ints,
+    left: int,
+    top: int,
+    min_area: int,
 ) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    count = ids.size
+    count, width = ids.size, cells.shape[1]
+    label_at, walk = cells.reshape(-1), _walk_of(width)
     kept = np.zeros(count, np.bool_)
     measures = np.zeros((count, 14), np.int64)
     ring_ends = np.empty(count, np.int64)
     vertices = np.empty((1024 + 24 * count, 2), np.int32)
+    scratch = np.empty((4, 256), np.int64)
     k, n = 0, 0
     for i in range(count):
+        # The outline of n pixels that hang together has 2 n + 2 cracks at most.
+        vertices = _with_room(vertices, n, n + 2 * areas[i] + 3)
         measures[k] = 0
-        begin = n
-        vertices, n = _follow(
-            labels, first[i], 1 << 30, vertices, n, measures[k], (left, top), anchors[i]
-        )
-        if measures[k, 0] < min_area:
-            n = begin
-            continue
-        _measure_outer(vertices[begin:n], measures[k])
-        ring_ends[k] = n
-        kept[i] = True
-        k += 1
+        end = _follow(
+            label_at, width, first[i], ids[i], mask, 0, walk, vertices, n, measures, k,
+            (left, top), anchors[i, 0], anchors[i, 1],
+        )  # fmt: skip
+        if measures[k, 0] >= min_area:
+            scratch = _measure_outer(vertices, n, end, measures[k], scratch)
+            ring_ends[k] = n = end
+            kept[i] = True
+            k += 1
     return (
         kept,
         measures[:k].copy(),
@@ -298,13 +276,25 @@ def _trace_labels(
 
 
 @compiled
+def _with_room(vertices: Ints, n: int, size: int) -> Ints:
+    """Return the first ``n`` vertices with room for others."""
+    if size <= vertices.shape[0]:
+        return vertices
+    larger = np.empty((2 * size, 2), np.int32)
+    larger[:n] = vertices[:n]
+    return larger
+
+
+@compiled
 def _trace_runs(runs: Ints, ends: Ints, anchors: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     count = ends.size
     measures = np.zeros((count, 14), np.int64)
     # Every ring holds the left crack of some run: a bound on the number of rings.
     ring_ends = np.empty(runs.shape[1], np.int64)
     object_ends = np.empty(count, np.int64)
-    vertices = np.empty((1024 + 2 * runs.shape[1], 2), np.int32)
+    # A run has two vertical cracks, between each two of which are two vertices at most.
+    vertices = np.empty((6 * runs.shape[1] + 1, 2), np.int32)
+    scratch = np.empty((4, 4096), np.int64)
     r, n, begin = 0, 0, 0
     for i in range(count):
         own = runs[:, begin : ends[i]]
@@ -314,61 +304,19 @@ def _trace_runs(runs: Ints, ends: Ints, anchors: Ints) -> tuple[Ints, Ints, Ints
         mask = np.zeros((own[0, -1] - top + 2, width), np.uint8)
         for k in range(own.shape[1]):
             mask[own[0, k] - top, own[1, k] - left : own[2, k] - left] = 1
-        pixels = mask.reshape(-1)
+        pixels, walk = mask.reshape(-1), _walk_of(width)
         for k in range(own.shape[1]):
             start = (own[0, k] - top) * width + own[1, k] - left
             if pixels[start] == 1:
                 ring = n
-                vertices, n = _follow(
-                    mask, start, 1 << 6, vertices, n, measures[i], (left, top), anchors[i]
-                )
+                n = _follow(
+                    pixels, width, start, 1, 63, 64, walk, vertices, n, measures, i,
+                    (left, top), anchors[i, 0], anchors[i, 1],
+                )  # fmt: skip
                 ring_ends[r] = n
                 r += 1
                 if k == 0:
                     # The raster-first pixel's left crack is on the outer ring.
-                    _measure_outer(vertices[ring:n], measures[i])
+                    scratch = _measure_outer(vertices, ring, n, measures[i], scratch)
         object_ends[i] = r
     return measures, vertices[:n].copy(), ring_ends[:r].copy(), object_ends
-
-
-@compiled
-def _encode_wkb(
-    vertices: Ints,
-    ring_ends: Ints,
-    object_ends: Ints,
-    spacing_x: float,
-    spacing_y: float,
-    origin_x: float,
-    origin_y: float,
-) -> tuple[Ints, Ints]:
-    n_objects, n_rings = object_ends.size, ring_ends.size
-    offsets = np.empty(n_objects + 1, np.int32)
-    data = np.empty(9 * n_objects + 20 * n_rings + 16 * vertices.shape[0], np.uint8)
-    point = np.empty(2, np.float64)
-    count = np.empty(1, np.uint32)
-    point_bytes, count_bytes = point.view(np.uint8), count.view(np.uint8)
-    at, ring, vertex = 0, 0, 0
-    for i in range(n_objects):
-        offsets[i] = at
-        data[at] = 1  # little-endian
-        data[at + 1] = 3  # Polygon
-        data[at + 2 : at + 5] = 0
-        count[0] = object_ends[i] - ring
-        data[at + 5 : at + 9] = count_bytes
-        at += 9
-        while ring < object_ends[i]:
-            size = ring_ends[ring] - vertex
-            count[0] = size + 1
-            data[at : at + 4] = count_bytes
-            at += 4
-            for k in range(size + 1):
-                v = vertex + (k if k < size else 0)
-                point[0] = vertices[v, 0] * 0.5 * spacing_x + origin_x
-                point[1] = vertices[v, 1] * 0.5 * spacing_y + origin_y
-                for b in range(16):
-                    data[at + b] = point_bytes[b]
-                at += 16
-            vertex = ring_ends[ring]
-            ring += 1
-    offsets[n_objects] = at
-    return offsets, data[:at]
