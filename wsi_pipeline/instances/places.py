@@ -54,9 +54,11 @@ def split_rows(
     maps: HeadMaps, batches: list[pa.RecordBatch], done_y: int
 ) -> tuple[list[pa.RecordBatch], list[pa.RecordBatch]]:
     """Sort rows by place; return those with anchors above ``done_y``, and the others."""
+    ids = np.concatenate([batch.column("object_id").to_numpy() for batch in batches])
+    y, x = np.divmod(ids & ((1 << ID_BITS) - 1), maps.grid.size[0])
+    if not (y < done_y).any():
+        return [], batches
     table = pa.concat_batches(batches)
-    number = table.column("object_id").to_numpy() & ((1 << ID_BITS) - 1)
-    y, x = np.divmod(number, maps.grid.size[0])
     order = place_order(maps, x, y)
     ready = table.take(pa.array(order[y[order] < done_y]))
     rest = table.take(pa.array(np.flatnonzero(y >= done_y)))

@@ -68,14 +68,13 @@ class RowMaker:
         return pa.RecordBatch.from_arrays(arrays, schema=OBJECT_SCHEMA)
 
     def _kind_codes(self, maps: HeadMaps, n: int) -> Ints:
-        code = self._kinds.index(maps.head.object_kind).as_py()
-        return np.full(n, code, np.int32)
+        return np.full(n, _codes(self._kinds)[maps.head.object_kind], np.int32)
 
     def _class_codes(self, maps: HeadMaps) -> Ints:
         """Return the dictionary code of each class id of the head; -1 for "none"."""
         names = maps.class_head.classes if maps.class_head else ("",)
-        codes = [self._classes.index(name).as_py() for name in names[1:]]
-        return np.array([-1, *codes], np.int32)
+        codes = _codes(self._classes)
+        return np.array([-1, *(codes[name] for name in names[1:])], np.int32)
 
 
 class Surroundings:
@@ -141,8 +140,8 @@ class Surroundings:
             return _coded(np.full(len(centroid), -1, np.int32), self._tissues)
         pixel = np.floor(self._tissue_grid.from_level0(centroid)).astype(np.int64)
         x, y = _clipped(pixel, self._tissue_grid.size)
-        found = [self._tissues.index(name).as_py() for name in patch.classes]
-        codes = np.array([-1, *found], np.int32)
+        found = _codes(self._tissues)
+        codes = np.array([-1, *(found[name] for name in patch.classes)], np.int32)
         return _coded(codes[self._tissue_map[y, x]], self._tissues)
 
 
@@ -159,6 +158,11 @@ def _tissue_names(spec: ModelSpec) -> pa.Array:
 
 def _distinct(names: object) -> pa.Array:
     return pa.array(list(dict.fromkeys(names)), pa.string())  # type: ignore[call-overload]
+
+
+def _codes(names: pa.Array) -> dict[str | None, int]:
+    """Return the place of each name."""
+    return {name: code for code, name in enumerate(names.to_pylist())}
 
 
 def _coded(codes: Ints, names: pa.Array) -> pa.Array:
