@@ -1,0 +1,104 @@
+"""The same answers however they are computed: rewrites of the network, tile sizes, precisions."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+import torch
+
+from benchmarks.parity import compare, compare_maps, panoptic_quality, variants
+from wsi_pipeline import blocks, inference
+from wsi_pipeline.bundle import find_bundle
+from wsi_pipeline.device import _cpu_has_bf16
+from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.slide import Slide
+from wsi_pipeline.synth import write_slide
+from wsi_pipeline.tiling import TileGrid
+
+DATA = Path(os.environ.get("WSI_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SLIDE = DATA / "slides" / "CMU-1-Small-Region.svs"
+
+# What each switch is set to where its rewrite is left out.
+REWRITES = {
+    "maps as a whole, not in strips": (blocks, "_STRIP_BYTES", 1 << 62),
+    "doubled by torch": (
+        blocks,
+        "_doubled",
+        lambda x: torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear"),
+    ),
+    "convolution, sum and rectifier one by one": (blocks, "_ONEDNN", False),
+    "normalisations as they are": (inference, "fold_batch_norms", lambda _network: None),
+}
+
+
+@pytest.fixture(scope="module")
+def tissue(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parity") / "s.svs"
+    write_slide(path, width=768, height=768, mpp=0.5, seed=3)
+    with Slide.open(path) as slide:
+        yield slide
+
+
+def maps_of(slide, *, margin=True):
+    predictor = inference.TorchPredictor.load(
+        find_bundle("cerberus-lite"), device="cpu", precision="fp32", tile_size=512
+    )
+    if not margin:
+        predictor.margin_px = 0
+    grid: PixelGrid = slide.working_grid(0.5)
+    tiles = TileGrid.cover(grid, tile_px=512, halo_px=predictor.halo_px)
+    found = list(predictor.predict(slide, tiles))
+    keys = [key for key in found[0].arrays if key.endswith("/prob")]
+    return {key: [block.arrays[key].astype(np.int16) for block in found] for key in keys}
+
+
+def assert_same(found, expected):
+    for key, blocks_of_key in expected.items():
+        difference = np.concatenate(
+            [np.abs(a - b).ravel() for a, b in zip(found[key], blocks_of_key, strict=True)]
+        )
+        assert (difference > 1).mean() <= 0.001, key
+        assert difference.max() <= 3, key
+        assert np.concatenate([b.ravel() for b in blocks_of_key]).std() > 1  # there is something
+
+
+@pytest.fixture(scope="module")
+def expected(tissue):
+    return maps_of(tissue)
+
+
+@pytest.mark.parametrize("name", REWRITES)
+def test_a_rewrite_of_the_network_changes_nothing(tissue, expected, monkeypatch, name):
+    monkeypatch.setattr(*REWRITES[name])
+    assert_same(maps_of(tissue), expected)
+
+
+def test_decoders_that_see_the_whole_halo_say_the_same(tissue, expected):
+    assert_same(maps_of(tissue, margin=False), expected)
+
+
+def test_the_comparison_of_objects_can_fail():
+    squares = np.array([shapely.box(x, 0, x + 10, 10) for x in range(0, 1000, 20)])
+    assert panoptic_quality(squares, squares) == 1
+    assert panoptic_quality(squares, squares[:-2]) == pytest.approx(48 / 49)
+    moved = shapely.transform(squares, lambda xy: xy + np.array([1, 0]))
+    assert panoptic_quality(moved, squares) == pytest.approx(90 / 110)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SLIDE.is_file(), reason=f"no {SLIDE} (set WSI_DATA to the data kit)")
+def test_tile_sizes_and_precisions_agree_on_a_real_slide(tmp_path):
+    precisions = ["bf16"] if _cpu_has_bf16() else []
+    plan = variants([512], precisions, 2048)
+    runs = compare(SLIDE, tmp_path, "cerberus-lite", plan)
+    assert sorted(runs) == sorted(["fp32-512", *(f"{p}-2048" for p in precisions)])
+    for name, found in runs.items():
+        least = 0.995 if name.startswith("fp32") else 0.99
+        nuclei = found["objects"]["nucleus"]
+        assert nuclei["of_fp32"] > 1500
+        assert nuclei["pq"] >= least, name
+        assert found["maps"]["nuclei/prob"]["largest"] > 0  # they are not the same maps
+    whole = tmp_path / "fp32-2048" / "maps" / f"{SLIDE.stem}.zarr"
+    assert compare_maps(whole, whole)["nuclei/prob"] == {"share_beyond_1": 0, "largest": 0}
