@@ -32,7 +32,7 @@ ROWS = 1024
 
 
 def variants(tiles: Iterable[int], precisions: Iterable[str], size: int) -> list[tuple[str, int]]:
-    """Return what is run, ``(precision, tile size)``; the first is what the others are judged by."""
+    """Return what is run, as ``(precision, tile size)``; the first judges the others."""
     others = [("fp32", tile) for tile in tiles if tile != size]
     return [("fp32", size), *others, *((name, size) for name in precisions if name != "fp32")]
 

@@ -1,6 +1,7 @@
 """The same answers however they are computed: rewrites of the network, tile sizes, precisions."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,6 @@ SLIDE = DATA / "slides" / "CMU-1-Small-Region.svs"
 # What each switch is set to where its rewrite is left out.
 REWRITES = {
     "maps as a whole, not in strips": (blocks, "_STRIP_BYTES", 1 << 62),
-    "doubled by torch": (
-        blocks,
-        "_doubled",
-        lambda x: torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear"),
-    ),
     "convolution, sum and rectifier one by one": (blocks, "_ONEDNN", False),
     "normalisations as they are": (inference, "fold_batch_norms", lambda _network: None),
 }
@@ -41,9 +37,9 @@ def tissue(tmp_path_factory):
         yield slide
 
 
-def maps_of(slide, *, margin=True):
+def maps_of(slide, *, margin=True, precision="fp32"):
     predictor = inference.TorchPredictor.load(
-        find_bundle("cerberus-lite"), device="cpu", precision="fp32", tile_size=512
+        find_bundle("cerberus-lite"), device="cpu", precision=precision, tile_size=512
     )
     if not margin:
         predictor.margin_px = 0
@@ -77,6 +73,22 @@ def test_a_rewrite_of_the_network_changes_nothing(tissue, expected, monkeypatch,
 
 def test_decoders_that_see_the_whole_halo_say_the_same(tissue, expected):
     assert_same(maps_of(tissue, margin=False), expected)
+
+
+def test_maps_doubled_in_bf16_are_as_near_to_float32_as_torch_comes(tissue, expected, monkeypatch):
+    def distance(found):
+        return {
+            key: np.mean([np.abs(a - b).mean() for a, b in zip(found[key], maps, strict=True)])
+            for key, maps in expected.items()
+        }
+
+    ours = distance(maps_of(tissue, precision="bf16"))
+    double = partial(torch.nn.functional.interpolate, scale_factor=2, mode="bilinear")
+    monkeypatch.setattr(blocks, "_doubled", double)
+    torchs = distance(maps_of(tissue, precision="bf16"))
+    for key, value in ours.items():
+        assert 0 < value <= 1.1 * torchs[key] + 0.01, key
+        assert value != torchs[key], key  # it is ours that was left out
 
 
 def test_the_comparison_of_objects_can_fail():
