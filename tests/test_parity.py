@@ -21,9 +21,10 @@ from wsi_pipeline.tiling import TileGrid
 DATA = Path(os.environ.get("WSI_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SLIDE = DATA / "slides" / "CMU-1-Small-Region.svs"
 
-# What each switch is set to where its rewrite is left out.
+# What each switch is set to where its rewrite is left out, or does more than it would here.
 REWRITES = {
     "maps as a whole, not in strips": (blocks, "_STRIP_BYTES", 1 << 62),
+    "narrow strips": (blocks, "_STRIP_BYTES", 1 << 18),
     "convolution, sum and rectifier one by one": (blocks, "_ONEDNN", False),
     "normalisations as they are": (inference, "fold_batch_norms", lambda _network: None),
 }
