@@ -1,0 +1,284 @@
+"""Everything that may make the network faster on a GPU, tried in one call; then whole slides.
+
+    python -m benchmarks.gpu_ledger --out FOLDER [--seconds 480]
+    python -m benchmarks.gpu_ledger --out FOLDER --device cpu --tiny      (a smoke test)
+
+For a machine that is lent for minutes: the parts run in the order of what is most wanted, each
+result is on the disk before the next begins, a part that fails is written down with its error,
+and none begins after ``--seconds``.
+
+rates      matrix products in each precision, a copy in memory: what nothing can be faster than
+network    the full network (random weights), batches of windows that lie on the device, to uint8
+           maps: by tile size and variant below, seconds a tile, useful megapixels a second, the
+           share of the matrix rate (FLOPs of the write box alone, so that halos count as waste),
+           peak memory, and how far the maps are from float32 on the CPU
+profile    where the time of the variants ``as it is`` goes, kernel by kernel
+slides     ``wsi-run`` on five synthetic slides: seconds by stage, and how busy the device was
+
+=====================  ===========================================================================
+variant                what it is
+=====================  ===========================================================================
+as it is               what this package does: eager, channels last, bf16
+fp16, fp32             in other precisions (float32 without TF32)
+added by cuDNN         convolution, bias, sum and rectifier in one call of cuDNN
+captured               a CUDA graph of the whole pass
+compiled               torch.compile of the network
+compiled, heads too    torch.compile of network, softmax, shrinking and quantising
+compiled, captured     the same, as CUDA graphs
+=====================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import wsi_pipeline as wsi
+from benchmarks.gpu import differences, make_bundle, matrix_rate
+from wsi_pipeline import blocks
+from wsi_pipeline.bench.rates import dense_flops, memory_rate
+from wsi_pipeline.bundle import ModelBundle
+from wsi_pipeline.inference import TorchPredictor
+from wsi_pipeline.synth import write_slide
+
+Pass = Callable[[Tensor], dict[str, Tensor]]
+VARIANTS = {
+    "as it is": "bf16",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "added by cuDNN": "bf16",
+    "captured": "bf16",
+    "compiled": "bf16",
+    "compiled, heads too": "bf16",
+    "compiled, captured": "bf16",
+}
+"""Their precisions."""
+WARM_UP, TIMES = 3, 10
+
+
+class Ledger:
+    """What was found so far, on the disk."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.found: dict[str, Any] = {}
+        self._until = time.monotonic() + seconds
+
+    def try_(self, name: str, work: Callable[[], Any]) -> None:
+        """Do a part, unless time is up; write down what it gave, or its error."""
+        if time.monotonic() > self._until:
+            self.found[name] = "no time was left"
+        else:
+            begun = time.monotonic()
+            try:
+                self.found[name] = work()
+            except Exception:
+                self.found[name] = {"error": traceback.format_exc(limit=-3)}
+            print(f"{name}: {time.monotonic() - begun:.1f} s", self.found[name], flush=True)
+        text = json.dumps(self.found, indent=2, default=str)
+        (self.folder / "gpu-ledger.json").write_text(text + "\n", encoding="utf-8")
+
+
+def wait(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: str, times: int) -> float:
+    """Return the median seconds of some work."""
+    taken = []
+    for _ in range(WARM_UP + times):
+        wait(device)
+        begun = time.perf_counter()
+        work()
+        wait(device)
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken[WARM_UP:])
+
+
+def added_by_cudnn(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, then: str | None) -> Tensor:
+    """Stand in for ``blocks._fused``: the same by cuDNN's kernels with an epilogue."""
+    how = (conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if then is None:
+        y = nn.functional.conv2d(x, conv.weight, *how)
+        return y if plus is None else y.add_(plus)
+    if plus is None:
+        return torch.cudnn_convolution_relu(x, conv.weight, *how)
+    return torch.cudnn_convolution_add_relu(x, conv.weight, plus, 1.0, *how)
+
+
+def captured(predict: Pass, pixels: Tensor) -> Pass:
+    """Return a pass that replays a CUDA graph; its maps are valid until the next."""
+    held = pixels.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            predict(held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        maps = predict(held)
+
+    def replay(fresh: Tensor) -> dict[str, Tensor]:
+        held.copy_(fresh, non_blocking=True)
+        graph.replay()
+        return maps
+
+    return replay
+
+
+def variant_of(name: str, predictor: TorchPredictor, pixels: Tensor, stack: ExitStack) -> Pass:
+    """Return the pass of a variant.
+
+    Args:
+        name: of :data:`VARIANTS`.
+        predictor: whose network it is; changed.
+        pixels: a batch on the device.
+        stack: what is patched ends with it.
+    """
+    predict: Pass = predictor._compute
+    compiler = partial(torch.compile, dynamic=False)
+    if name == "added by cuDNN":
+        stack.enter_context(mock.patch.object(blocks, "_fuses", return_value=True))
+        stack.enter_context(mock.patch.object(blocks, "_fused", added_by_cudnn))
+    elif name == "captured":
+        predict = captured(predict, pixels)
+    elif name == "compiled":
+        predictor._network = compiler(predictor._network)
+    elif name == "compiled, heads too":
+        predict = compiler(predict)
+    elif name == "compiled, captured":
+        predict = compiler(predict, mode="reduce-overhead")
+    return predict
+
+
+def measure(
+    name: str, bundle: ModelBundle, device: str, tile: int, batch: int, rate: float, times: int
+) -> dict[str, Any]:
+    """Measure one variant at one tile size."""
+    precision = VARIANTS[name]
+    how = {"precision": precision, "tile_size": tile, "batch_size": batch}
+    predictor = TorchPredictor.load(bundle, device=device, **how)
+    side = tile + 2 * predictor.halo_px
+    generator = torch.Generator().manual_seed(0)
+    host = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, generator=generator)
+    pixels = host.to(device)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    with ExitStack() as stack, torch.inference_mode():
+        predict = variant_of(name, predictor, pixels, stack)
+        seconds = seconds_of(lambda: predict(pixels), device, times) / batch
+        maps = {key: map_[0].cpu().numpy() for key, map_ in predict(pixels).items()}
+    result: dict[str, Any] = {
+        "seconds_a_tile": seconds,
+        "mpx_per_s": tile**2 / 1e6 / seconds,
+        "useful_share": dense_flops(bundle.spec, tile) / seconds / rate,
+        "arithmetic_share": dense_flops(bundle.spec, side, margin_px=predictor.margin_px)
+        / seconds
+        / rate,
+        "batch": batch,
+    }
+    if device.startswith("cuda"):
+        result["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    if tile <= 1024:
+        small = {"tile_size": tile, "batch_size": 1}
+        right = TorchPredictor.load(bundle, device="cpu", precision="fp32", **small)
+        expected = {key: map_[0].numpy() for key, map_ in right._compute(host[:1]).items()}
+        result |= differences(maps, expected)
+    return result
+
+
+def profile(bundle: ModelBundle, device: str, tile: int, batch: int, out: Path) -> str:
+    """Write a table of kernels by time; return its name."""
+    how = {"precision": "bf16", "tile_size": tile, "batch_size": batch}
+    predictor = TorchPredictor.load(bundle, device=device, **how)
+    side = tile + 2 * predictor.halo_px
+    pixels = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8).to(device)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    predictor._compute(pixels)
+    wait(device)
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as found:
+        predictor._compute(pixels)
+        wait(device)
+    by = "cuda_time_total" if device.startswith("cuda") else "cpu_time_total"
+    averages = found.key_averages(group_by_input_shape=True)
+    path = out / f"gpu-profile-{tile}.txt"
+    path.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=80) + "\n")
+    return path.name
+
+
+def slides(model: str | Path, device: str, side: int, count: int) -> dict[str, Any]:
+    """Run synthetic slides; return the seconds of each by stage, and of all."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / "slides" / f"s{number}.svs" for number in range(count)]
+        paths[0].parent.mkdir()
+        write_slide(paths[0], width=side, height=side, mpp=0.5, seed=7)
+        for path in paths[1:]:
+            path.hardlink_to(paths[0])
+        begun = time.perf_counter()
+        reports = wsi.run(paths, Path(folder) / "out", model=model, device=device)
+        seconds = time.perf_counter() - begun
+        return {
+            "seconds": seconds,
+            "mm2": sum(report.tissue_mm2 for report in reports),
+            "busy": sum(report.device_busy_s or 0 for report in reports) / seconds,
+            "stages_s": [report.seconds for report in reports],
+            "counts": reports[0].counts,
+            "not_done": [report.reason for report in reports if not report.done],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--slide-px", type=int, default=16384)
+    parser.add_argument("--tiny", action="store_true", help="a narrow network, small tiles")
+    args = parser.parse_args()
+    widths, times, matrix, batch_px = [64, 128, 256, 512], TIMES, 8192, 8 * 2368**2
+    if args.tiny:
+        widths, times, matrix, batch_px = [8, 16, 16, 32], 2, 512, 1
+        args.tiles, args.slide_px = [256], 1024
+    device, ledger = args.device, Ledger(args.out, args.seconds)
+    rates = {p: matrix_rate(device, p, matrix) for p in dict.fromkeys(VARIANTS.values())}
+    copied = memory_rate(device, clock=time.perf_counter)
+    ledger.try_("rates", lambda: {"matrix_flops": rates, "bytes_per_s": copied})
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = make_bundle(Path(folder), widths)
+        for tile in args.tiles:
+            batch = max(1, min(8, batch_px // (tile + 320) ** 2))
+            for name in args.variants:
+                rate = rates[VARIANTS[name]]
+                work = partial(measure, name, bundle, device, tile, batch, rate, times)
+                ledger.try_(f"network {tile}: {name}", work)
+            ledger.try_(f"profile {tile}", partial(profile, bundle, device, tile, batch, args.out))
+        for model in ("cerberus-lite", Path(folder) / "random"):
+            name = f"slides: {model if isinstance(model, str) else 'cerberus, random'}"
+            work = partial(slides, model, device, args.slide_px, 2 if args.tiny else 5)
+            ledger.try_(name, work)
+
+
+if __name__ == "__main__":
+    main()
