@@ -20,8 +20,14 @@ __all__ = [
     "name_devices",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions by the names the command line has for them."""
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+}
+"""Precisions by the names the command line has for them, with the type of floats in each: with
+``int8``, these are the logits and what follows them."""
 
 
 def choose_device(name: str) -> str:

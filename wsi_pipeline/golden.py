@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ from wsi_pipeline.bundle import ModelBundle
 from wsi_pipeline.device import choose_device, choose_precision, half_pays
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import JobError, ModelBundleError
-from wsi_pipeline.geometry import Box
+from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.spec import ModelSpec
-from wsi_pipeline.synth.world import World
 from wsi_pipeline.training.predicted import ImageMaps, ImagePredictor, find_objects
 
 __all__ = [
@@ -47,10 +45,6 @@ __all__ = [
 GOLDEN = "golden.json"
 CELLS = 8
 """Cells a side whose means are kept."""
-_SEED = 1
-_WORLD_UM = 2048.0
-_TILES = {"tissue": ((720.0, 500.0), 384), "blank": ((-16.0, 1110.0), 192)}
-"""Upper left corner in micrometres, side in pixels: crypts in lamina propria; glass and pen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,25 +72,6 @@ fp16 by 2e-4, 2e-4 and 1.6e-3; one that was unsure about the pen of the blank ti
 7e-3 and 2e-2 in bf16. Two to three times that is allowed: other devices round in other ways."""
 _COLOUR = 0.05
 """Grey levels by which a tile's mean colour may differ: drawing it rounds, too."""
-
-
-@cache
-def golden_tiles(mpp: float) -> Mapping[str, NDArray[np.uint8]]:
-    """Draw the tiles at a pixel size: ``tissue`` (crypts) and ``blank`` (glass and pen).
-
-    Args:
-        mpp: micrometres a pixel; another one shows another part of the same world.
-
-    Returns:
-        (S, S, 3) RGB by name; not to be written to.
-    """
-    side_px = round(_WORLD_UM / mpp)
-    world = World.make(seed=_SEED, mpp=mpp, size=(side_px, side_px))
-    tiles = {}
-    for name, ((x_um, y_um), side) in _TILES.items():
-        box = Box(x=round(x_um / mpp), y=round(y_um / mpp), width=side, height=side)
-        tiles[name] = world.draw(box, world.scene(box))
-    return tiles
 
 
 def precisions(spec: ModelSpec, device: str) -> tuple[str, ...]:
