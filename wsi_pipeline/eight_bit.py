@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,14 @@ from torch import Tensor, nn
 from wsi_pipeline.blocks import DoubledSum, FusedConv, Logits, convolved, rectified, summed
 from wsi_pipeline.levels import Levels
 
-__all__ = ["ARCHITECTURES", "obstacle", "pixel_levels", "rounded_kernels", "to_eight_bits"]
+__all__ = [
+    "ARCHITECTURES",
+    "byte_product",
+    "obstacle",
+    "pixel_levels",
+    "rounded_kernels",
+    "to_eight_bits",
+]
 
 ARCHITECTURES = ("cerberus", "cerberus-lite")
 """Those that pass on nothing but sums and results of rectifiers."""
@@ -48,9 +55,8 @@ def obstacle() -> str | None:
     Asked for by a convolution whose sums do not fit 16 bits: processors without the instructions
     for such sums (VNNI) cut them off, silently.
     """
-    if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or "binary" not in (
-        torch.ops.onednn.qconv2d_pointwise.overloads()
-    ):
+    convolution = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
+    if not hasattr(convolution, "binary"):
         return f"torch {torch.__version__} has no 8-bit convolutions here"
     conv = nn.Conv2d(64, 16, 3, padding=1, bias=False).requires_grad_(False).eval()
     conv.weight.fill_(1.0)
@@ -86,6 +92,17 @@ def to_eight_bits(network: nn.Module, images: Iterable[NDArray[np.uint8]]) -> No
             pixels = torch.from_numpy(image.copy())[None].permute(0, 3, 1, 2)
             network(pixels.to(torch.float32))
     _replace(network, _Watched, _Watched.in_eight_bits)
+
+
+def byte_product(side: int) -> Callable[[], object]:
+    """Return what multiplies two square matrices of bytes, by the library of the convolutions."""
+    levels = torch.randint(0, 256, (side, side), dtype=torch.uint8)
+    weights = torch.randint(-_MOST, _MOST + 1, (side, side), dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weights, None)
+    scales, zeros = torch.ones(side), torch.zeros(side, dtype=torch.int64)
+    given = (levels, 1.0, 0, packed, scales, zeros, None)
+    result: tuple[Any, ...] = (256.0 * side, 0, torch.uint8, "none", [], "")
+    return lambda: torch.ops.onednn.qlinear_pointwise(*given, *result)
 
 
 def rounded_kernels(weights: Tensor) -> Tensor:
@@ -156,10 +173,12 @@ class _EightBitConv(FusedConv):
         weights = conv.weight.detach()
         self._scales = weights.abs().amax((1, 2, 3)).clamp(min=1e-12) / _MOST
         self._zeros = torch.zeros(len(weights), dtype=torch.int8)
-        self._levels = rounded_kernels(weights / self._scales[:, None, None, None])
+        self._levels: Tensor | None = rounded_kernels(weights / self._scales[:, None, None, None])
         self._packed: Tensor | None = None
 
-    def fused(self, x_BCHW: Tensor, plus_BCHW: Tensor | None, *, relu: bool) -> Tensor:
+    def fused(
+        self, x_BCHW: Tensor | Levels, plus_BCHW: Tensor | Levels | None, *, relu: bool
+    ) -> Tensor:
         """Return the result as ``Levels``; those of ``plus`` are overwritten by it."""
         if not isinstance(x_BCHW, Levels):
             assert plus_BCHW is None
@@ -171,15 +190,17 @@ class _EightBitConv(FusedConv):
             self._packed = torch.ops.onednn.qconv_prepack(
                 self._levels, self._scales, x.scale, x.zero, *how, None
             )
+            self._levels = None
         given = (x.values, x.scale, x.zero, self._packed, self._scales, self._zeros)
         scale, zero, dtype = self._result
-        then = ("relu" if relu else "none", [], "")
+        then: tuple[Any, ...] = ("relu" if relu else "none", [], "")
         if plus_BCHW is None:
             values = torch.ops.onednn.qconv2d_pointwise(
                 *given, conv.bias, *how, scale, zero, dtype, *then
             )
         else:
-            plus = cast(Levels, plus_BCHW)
+            assert isinstance(plus_BCHW, Levels)
+            plus = plus_BCHW
             values = torch.ops.onednn.qconv2d_pointwise.binary(
                 *given, plus.values, conv.bias, *how, scale, zero, dtype,
                 plus.scale, plus.zero, "sum", 1.0, *then,

@@ -128,8 +128,8 @@ class TorchPredictor:
         Args:
             bundle: the model.
             device: ``auto`` (cuda, else mps, else cpu), ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
-            precision: ``auto``, ``fp32``, ``bf16``, ``fp16``. Auto: bf16 on CUDA, and on CPUs
-                that have bf16 instructions, for networks of convolutions; else fp32.
+            precision: ``auto``, ``fp32``, ``bf16``, ``fp16``, ``int8``. Auto: bf16 on CUDA, and
+                on CPUs that have bf16 instructions, for networks of convolutions; else fp32.
             tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA,
                 else 1024, less where ``memory`` asks for it.
             batch_size: tiles a pass. Auto: by the memory of a CUDA device, else 1.
@@ -381,7 +381,8 @@ def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) ->
     return Demand(
         spec=spec,
         weights=sum(weight.numel() for weight in network.parameters()),
-        value_bytes=DTYPES[precision].itemsize,
+        # Of what a pass in 8 bits holds, logits and pooled maps are larger than bytes.
+        value_bytes=2 if precision == "int8" else DTYPES[precision].itemsize,
         on_host=not device.startswith("cuda"),
     )
 

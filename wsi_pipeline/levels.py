@@ -93,10 +93,10 @@ class Levels:
         if function is functional.interpolate and kwargs.get("scale_factor") == 2:
             (own,) = args
             return replace(own, values=_doubled(own.values))
-        if function is torch.max_pool2d:
+        if function is functional.max_pool2d:
             own, *how = args
             # torch counts the places of bytes in bytes; bfloat16 holds every level.
-            pooled = torch.max_pool2d(own.values.to(torch.bfloat16), *how, **kwargs)
+            pooled = functional.max_pool2d(own.values.to(torch.bfloat16), *how, **kwargs)
             return replace(own, values=pooled.to(torch.uint8))
         return function(*map(_plain, args), **{key: _plain(own) for key, own in kwargs.items()})
 
