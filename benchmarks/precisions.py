@@ -1,7 +1,7 @@
 """What 8-bit integers and half precision gain on a CPU, and what they cost in scores.
 
     python -m benchmarks.precisions --data $WSI_DATA --annotations annotations
-        [--precisions bf16 int8] [--networks cerberus-lite cerberus] [--rounds 7] [--sets monuseg ...]
+        [--precisions bf16 int8] [--networks cerberus-lite cerberus] [--rounds 7] [--sets ...]
 
 Prints JSON. ``seconds``: of a tile of 1024 px, noise in memory, every precision in turn within a
 round; medians, and the median of its ratios to bf16 within a round. ``cerberus`` is the network of
