@@ -24,6 +24,7 @@ from wsi_pipeline.bench.timing import Limit, Measured, Stage, Stopwatch, in_thre
 from wsi_pipeline.bench.whole import BusyMeter, _Sampler
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.cli import wsi
+from wsi_pipeline.eight_bit import obstacle
 from wsi_pipeline.errors import Interrupted
 from wsi_pipeline.network import build_network
 
@@ -127,6 +128,8 @@ def test_threads_do_every_item_and_raise_what_fails():
 def test_rates_are_work_over_time(slow_rates_are_small):
     clock = FakeClock(tick=0.5)
     assert rates.matrix_rate("cpu", "fp32", clock=clock) == 2 * 64**3 / 0.5
+    if obstacle() is None:
+        assert rates.matrix_rate("cpu", "int8", clock=clock) == 2 * 64**3 / 0.5
     assert rates.memory_rate("cpu", clock=clock) == 2 * 4096 / 0.5  # read and written
 
 
@@ -218,6 +221,11 @@ def test_remedies_depend_on_what_is_near_its_limit():
 
 def test_remedies_depend_on_the_device():
     assert "--device cuda" in verdict("network", share=0.9).remedy
+    able = replace(WHERE, int8_runs=True)
+    assert "--precision int8" in verdict("network", share=0.9, where=able).remedy
+    assert "int8" not in verdict("network", share=0.2, where=able).remedy
+    done = replace(able, precision="int8")
+    assert "--device cuda" in verdict("network", share=0.9, where=done).remedy
     cuda = replace(WHERE, device="cuda")
     assert "--device" not in verdict("network", share=0.9, where=cuda).remedy
     assert "--batch-size" in verdict("network", share=0.2, where=cuda).remedy

@@ -346,7 +346,7 @@ def test_auto_choices(bundle, monkeypatch):
         ("device", "tpu"),
         ("device", "cpu:1"),
         ("device", "cuda:99"),
-        ("precision", "int8"),
+        ("precision", "int4"),
         ("tile_size", 100),
         ("tile_size", "big"),
         ("batch_size", 0),

@@ -16,6 +16,9 @@ __all__ = [
     "INPUT_MULTIPLE",
     "BasicBlock",
     "ConvUnit",
+    "DoubledSum",
+    "FusedConv",
+    "Logits",
     "begin_undecided",
     "check_input",
     "conv_unit",
@@ -69,6 +72,44 @@ class ConvUnit(nn.Sequential):
         return rectified(self.get_submodule("conv"), self.get_submodule("norm"), x_BCHW)
 
 
+class FusedConv(nn.Module):
+    """A convolution that itself adds to its result and rectifies it; see ``eight_bit.py``."""
+
+    def fused(self, x_BCHW: Tensor, plus_BCHW: Tensor | None, *, relu: bool) -> Tensor:
+        """Return ``conv(x) + plus``, rectified or not."""
+        raise NotImplementedError
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the convolution of ``x``."""
+        return self.fused(x_BCHW, None, relu=False)
+
+
+class Logits(nn.Conv2d):
+    """The last convolution of a head: its results are floats, whatever the others compute in."""
+
+
+class DoubledSum(nn.Module):
+    """A coarse map at twice its size plus a fine one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+        self.identity: nn.Module | None = None
+
+    def forward(self, coarse_BCHW: Tensor, fine_BCHW: Tensor) -> Tensor:
+        """Add ``(B, C, H / 2, W / 2)`` and ``(B, C, H, W)``."""
+        doubled_BCHW = enlarged(coarse_BCHW, 2)
+        if self.identity is not None:
+            return summed(self.identity, fine_BCHW, doubled_BCHW)
+        return doubled_BCHW.add_(fine_BCHW)
+
+    def add_by_convolution(self) -> None:
+        """Add as a convolution does: for arithmetic in which nothing else adds."""
+        identity = nn.Conv2d(self._width, self._width, 1, bias=False).requires_grad_(False)
+        nn.init.dirac_(identity.weight)
+        self.identity = identity
+
+
 def conv_unit(
     width_in: int, width_out: int, *, kernel: int = 3, stride: int = 1, bias: bool = True
 ) -> ConvUnit:
@@ -93,6 +134,8 @@ def rectified(
         x_BCHW: its input.
         plus_BCHW: what is added before the rectifier, of the result's shape.
     """
+    if isinstance(norm, nn.Identity) and isinstance(conv, FusedConv):
+        return conv.fused(x_BCHW, plus_BCHW, relu=True)
     if isinstance(norm, nn.Identity) and isinstance(conv, nn.Conv2d) and _fuses(conv, x_BCHW):
         return _fused(conv, x_BCHW, plus_BCHW, then="relu")
     y_BCHW: Tensor = norm(conv(x_BCHW))
@@ -103,6 +146,8 @@ def rectified(
 
 def summed(conv: nn.Module, x_BCHW: Tensor, plus_BCHW: Tensor) -> Tensor:
     """Return ``conv(x) + plus``, on a CPU in one pass over memory as in :func:`rectified`."""
+    if isinstance(conv, FusedConv):
+        return conv.fused(x_BCHW, plus_BCHW, relu=False)
     if isinstance(conv, nn.Conv2d) and _fuses(conv, x_BCHW):
         return _fused(conv, x_BCHW, plus_BCHW, then=None)
     y_BCHW: Tensor = conv(x_BCHW)

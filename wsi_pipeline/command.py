@@ -66,8 +66,8 @@ def arithmetic_options(command: Callable[..., None]) -> Callable[..., None]:
             "--precision",
             default="auto",
             show_default=True,
-            type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-            help="Arithmetic of the network.",
+            type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
+            help="Arithmetic of the network; int8 on a CPU.",
         ),
         *(
             click.option(

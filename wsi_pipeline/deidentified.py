@@ -30,7 +30,7 @@ _SOURCES = frozenset(
 _PICTURES = frozenset({"label", "macro", "thumbnail", "overview", "map"})
 _HEADS = frozenset({"nuclei", "nuclei-class", "gland", "gland-class", "lumen", "tissue"})
 _DEVICES = frozenset({"cpu", "cuda", "mps"})
-_PRECISIONS = frozenset({"fp32", "bf16", "fp16"})
+_PRECISIONS = frozenset({"fp32", "bf16", "fp16", "int8"})
 _MASKS = frozenset({"detected", "file"})
 _SOFTWARE = frozenset(
     {"python", "wsi-pipeline", "torch", "numpy", "openslide-python", "zarr", "pyarrow", "numba"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from wsi_pipeline.eight_bit import ARCHITECTURES, obstacle
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.machine import available_cpus
 
@@ -18,10 +19,17 @@ __all__ = [
     "choose_precision",
     "half_pays",
     "name_devices",
+    "why_no_int8",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions by the names the command line has for them."""
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+}
+"""Precisions by the names the command line has for them, with the type of floats in each: with
+``int8``, these are the logits and what follows them."""
 
 
 def choose_device(name: str) -> str:
@@ -78,17 +86,33 @@ def half_pays(architecture: str) -> bool:
     return architecture != "stain-baseline"
 
 
+def why_no_int8(device: str, architecture: str) -> str | None:
+    """Return why a network does not run in 8-bit integers on a device; None where it does.
+
+    Args:
+        device: as :func:`choose_device` returns it.
+        architecture: of the network.
+    """
+    if device != "cpu":
+        return f"it is for CPUs, not for {device} (--device cpu)"
+    if architecture not in ARCHITECTURES:
+        return f"it is for networks of {' or '.join(ARCHITECTURES)}, not for {architecture!r}"
+    return obstacle()
+
+
 def choose_precision(name: str, device: str, *, architecture: str) -> str:
     """Resolve ``auto``: bf16 where the device has it and the network gains by it, else fp32.
 
     Args:
-        name: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        name: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         device: as :func:`choose_device` returns it.
         architecture: of the network; see :func:`half_pays`.
 
     Raises:
-        JobError: no such precision.
+        JobError: no such precision, or the network cannot run in it on the device.
     """
+    if name == "int8" and (reason := why_no_int8(device, architecture)) is not None:
+        raise JobError(f"precision int8 cannot be had: {reason}; choose auto, bf16 or fp32")
     if name in DTYPES:
         return name
     if name != "auto":

@@ -6,8 +6,9 @@ one channel a class, 1 where it was chosen), and the objects found by kind. All 
 of the pipeline's own inference and object extraction, so it guards weights, network code, input
 scale, enlargement of logits, object rules, and this machine's arithmetic at once.
 
-What is expected is what float32 gave on the CPU where the bundle was made. Half precision has no
-expectations of its own: it must agree with float32, within more generous ``TOLERANCES``.
+What is expected is what float32 gave on the CPU where the bundle was made. Half precision and
+8-bit integers have no expectations of their own: they must agree with float32, within more generous
+``TOLERANCES``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from wsi_pipeline.bundle import ModelBundle
-from wsi_pipeline.device import choose_device, choose_precision, half_pays
+from wsi_pipeline.device import choose_device, choose_precision, half_pays, why_no_int8
 from wsi_pipeline.durable import durable_file
 from wsi_pipeline.errors import JobError, ModelBundleError
-from wsi_pipeline.geometry import Box
+from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.spec import ModelSpec
-from wsi_pipeline.synth.world import World
 from wsi_pipeline.training.predicted import ImageMaps, ImagePredictor, find_objects
 
 __all__ = [
@@ -47,10 +46,6 @@ __all__ = [
 GOLDEN = "golden.json"
 CELLS = 8
 """Cells a side whose means are kept."""
-_SEED = 1
-_WORLD_UM = 2048.0
-_TILES = {"tissue": ((720.0, 500.0), 384), "blank": ((-16.0, 1110.0), 192)}
-"""Upper left corner in micrometres, side in pixels: crypts in lamina propria; glass and pen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,39 +66,25 @@ TOLERANCES = {
     "fp32": Tolerances(mean=1e-4, share=2e-4, cell=3e-4, objects=0.0),
     "bf16": Tolerances(mean=6e-3, share=1.5e-2, cell=4e-2, objects=0.05),
     "fp16": Tolerances(mean=1e-3, share=1e-3, cell=5e-3, objects=0.03),
+    "int8": Tolerances(mean=6e-3, share=1.5e-2, cell=4e-2, objects=0.05),
 }
 """By precision. With trained cerberus-lite networks, float32 gave the same numbers to 1e-5 with
 SSE 4.1, AVX2 and AVX-512 kernels; bf16 was off by 9e-4 (mean), 1.2e-3 (share) and 6e-3 (cell),
 fp16 by 2e-4, 2e-4 and 1.6e-3; one that was unsure about the pen of the blank tile was off by 3e-3,
-7e-3 and 2e-2 in bf16. Two to three times that is allowed: other devices round in other ways."""
+7e-3 and 2e-2 in bf16. int8 was off by 4e-4, 6e-4 and 5e-3, like bf16. Two to three times that is
+allowed: other devices round in other ways."""
 _COLOUR = 0.05
 """Grey levels by which a tile's mean colour may differ: drawing it rounds, too."""
-
-
-@cache
-def golden_tiles(mpp: float) -> Mapping[str, NDArray[np.uint8]]:
-    """Draw the tiles at a pixel size: ``tissue`` (crypts) and ``blank`` (glass and pen).
-
-    Args:
-        mpp: micrometres a pixel; another one shows another part of the same world.
-
-    Returns:
-        (S, S, 3) RGB by name; not to be written to.
-    """
-    side_px = round(_WORLD_UM / mpp)
-    world = World.make(seed=_SEED, mpp=mpp, size=(side_px, side_px))
-    tiles = {}
-    for name, ((x_um, y_um), side) in _TILES.items():
-        box = Box(x=round(x_um / mpp), y=round(y_um / mpp), width=side, height=side)
-        tiles[name] = world.draw(box, world.scene(box))
-    return tiles
 
 
 def precisions(spec: ModelSpec, device: str) -> tuple[str, ...]:
     """Return the precisions in which a bundle is to agree with itself on a device."""
     if not half_pays(spec.architecture):
         return ("fp32",)
-    return ("fp32", "bf16", "fp16") if device.startswith("cuda") else ("fp32", "bf16")
+    if device.startswith("cuda"):
+        return ("fp32", "bf16", "fp16")
+    has_int8 = why_no_int8(device, spec.architecture) is None
+    return ("fp32", "bf16", "int8") if has_int8 else ("fp32", "bf16")
 
 
 def observe(
@@ -115,7 +96,7 @@ def observe(
         spec: the network's.
         network: in evaluation mode; it is moved to the device and the precision.
         device: where it runs.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
     """
     predictor = ImagePredictor(spec, network, device=device, precision=precision)
     found = {}

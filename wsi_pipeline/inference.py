@@ -32,8 +32,10 @@ from wsi_pipeline.device import (
     choose_device,
     choose_precision,
 )
+from wsi_pipeline.eight_bit import pixel_levels, to_eight_bits
 from wsi_pipeline.errors import JobError, ModelBundleError, OutOfMemoryError
 from wsi_pipeline.feeding import Batch, Feeder, WindowReader
+from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.memory import CANVASES, Demand, Sizes, fit_sizes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
@@ -73,7 +75,7 @@ class TorchPredictor:
             network: in evaluation mode; its normalisations are folded into its convolutions,
                 and it is moved to the device and the precision.
             device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
-            precision: ``fp32``, ``bf16``, ``fp16``.
+            precision: ``fp32``, ``bf16``, ``fp16``; ``int8`` on a CPU.
             tile_px: side of a write box, a multiple of 16 and of the heads' strides.
             halo_px: margin around it that the network sees, a multiple of the same.
             batch_size: tiles a pass.
@@ -102,6 +104,8 @@ class TorchPredictor:
         # Side of the pieces in which a tile is computed; out-of-memory halves this, too.
         self._piece_px = tile_px
         fold_batch_norms(network)
+        if precision == "int8":
+            to_eight_bits(network, golden_tiles(spec.mpp).values())
         keep_to_one_kernel(network)
         network = network.to(device=device, dtype=DTYPES[precision])
         self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -124,8 +128,8 @@ class TorchPredictor:
         Args:
             bundle: the model.
             device: ``auto`` (cuda, else mps, else cpu), ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
-            precision: ``auto``, ``fp32``, ``bf16``, ``fp16``. Auto: bf16 on CUDA, and on CPUs
-                that have bf16 instructions, for networks of convolutions; else fp32.
+            precision: ``auto``, ``fp32``, ``bf16``, ``fp16``, ``int8``. Auto: bf16 on CUDA, and
+                on CPUs that have bf16 instructions, for networks of convolutions; else fp32.
             tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA,
                 else 1024, less where ``memory`` asks for it.
             batch_size: tiles a pass. Auto: by the memory of a CUDA device, else 1.
@@ -309,7 +313,11 @@ class TorchPredictor:
         """Run the network on uint8 windows and return the uint8 maps of their write boxes."""
         pixels = pixels_BHWC.to(self.device, non_blocking=True)
         # BHWC seen as BCHW is the channels_last format, without a copy.
-        x_BCHW = pixels.permute(0, 3, 1, 2).to(DTYPES[self.precision])
+        x_BCHW = pixels.permute(0, 3, 1, 2)
+        if self.precision == "int8":
+            x_BCHW = pixel_levels(x_BCHW)
+        else:
+            x_BCHW = x_BCHW.to(DTYPES[self.precision])
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
@@ -373,7 +381,8 @@ def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) ->
     return Demand(
         spec=spec,
         weights=sum(weight.numel() for weight in network.parameters()),
-        value_bytes=DTYPES[precision].itemsize,
+        # Of what a pass in 8 bits holds, logits and pooled maps are larger than bytes.
+        value_bytes=2 if precision == "int8" else DTYPES[precision].itemsize,
         on_host=not device.startswith("cuda"),
     )
 

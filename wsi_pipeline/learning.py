@@ -109,7 +109,7 @@ def train_command(
     "--precision",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
 )
 def evaluate_command(
     bundle: str,

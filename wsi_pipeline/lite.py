@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from wsi_pipeline.blocks import (
     BasicBlock,
+    Logits,
     begin_undecided,
     check_input,
     conv_unit,
@@ -145,7 +146,7 @@ class _Decoder(nn.Module):
             conv_unit(width_in, width_out, bias=False)
             for width_out, width_in in zip(decoder, [*decoder[1:], decoder[-1]], strict=True)
         )
-        self.logits = nn.Conv2d(decoder[0], channels, 1)
+        self.logits = Logits(decoder[0], channels, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         finest, *coarser = zip(self.project, self.units, maps[-len(self.project) :], strict=True)

@@ -40,11 +40,12 @@ from torch.nn import functional
 from wsi_pipeline.blocks import (
     INPUT_MULTIPLE,
     BasicBlock,
+    DoubledSum,
+    Logits,
     begin_undecided,
     check_input,
     conv_unit,
     cropped,
-    enlarged,
     in_strips,
     initialise,
 )
@@ -222,19 +223,21 @@ class _SegmentationHead(nn.Module):
             nn.Sequential(conv_unit(width_in, width_in), conv_unit(width_in, width_out))
             for width_in, width_out in ((deep, middle), (middle, stem), (stem, stem), (stem, stem))
         )
+        self.joints = nn.ModuleList(DoubledSum(width) for width in (deep, middle, stem, stem))
         hidden = conv_unit(stem, head_width, kernel=1)
         self.output = nn.Sequential(
-            OrderedDict(hidden=hidden, logits=nn.Conv2d(head_width, channels, 1))
+            OrderedDict(hidden=hidden, logits=Logits(head_width, channels, 1))
         )
 
     def forward(self, mapped_BCHW: Tensor, *skips: Tensor) -> Tensor:
         finest, *others = skips
         *stages, last = self.stages
+        *joints, last_joint = self.joints
         x_BCHW = mapped_BCHW
-        for stage, skip_BCHW in zip(stages, reversed(others), strict=True):
-            x_BCHW = stage(enlarged(x_BCHW, 2).add_(skip_BCHW))
+        for joint, stage, skip_BCHW in zip(joints, stages, reversed(others), strict=True):
+            x_BCHW = stage(joint(x_BCHW, skip_BCHW))
         return in_strips(
-            lambda coarse, fine: self.output(last(enlarged(coarse, 2).add_(fine))), x_BCHW, finest
+            lambda coarse, fine: self.output(last(last_joint(coarse, fine))), x_BCHW, finest
         )
 
 
@@ -252,7 +255,7 @@ class _PatchHead(nn.Module):
         self.dropout = nn.Dropout(0.3)
         self.conv1 = nn.Conv2d(width, hidden, 1)
         self.norm2 = nn.BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, channels, 1)
+        self.conv2 = Logits(hidden, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = functional.avg_pool2d(

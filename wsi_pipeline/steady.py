@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.blocks import convolved
+from wsi_pipeline.blocks import Logits, convolved
 
 __all__ = ["keep_to_one_kernel", "settle_vector_math"]
 
@@ -35,7 +35,7 @@ def keep_to_one_kernel(network: nn.Module) -> None:
         network: for inference; what it computes with gradients does not change.
     """
     for module in network.modules():
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        if type(module) in (nn.Conv2d, Logits) and module.padding_mode == "zeros":
             module.__class__ = _OneKernelConv2d
 
 

@@ -80,7 +80,7 @@ def release_command(bundle: str, out: Path, card: Path | None, metrics: Path | N
     "--precision",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
 )
 @click.option("--write", is_flag=True, help="Write golden.json anew, from float32 on this CPU.")
 def golden_command(bundle: str, device: str, precision: str, write: bool) -> None:

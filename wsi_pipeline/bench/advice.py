@@ -27,6 +27,8 @@ class Circumstances:
     """Likewise."""
     half_pays: bool
     """Whether the network gains by half precision."""
+    int8_runs: bool = False
+    """Whether it runs in 8-bit integers here."""
     decoders: int
     """Threads that decode."""
     cpus: int
@@ -119,6 +121,8 @@ def _network(near: bool, where: Circumstances) -> str:
     cpu = where.device == "cpu"
     if where.precision == "fp32" and where.half_pays:
         return "try half precision (--precision bf16), where the device has it"
+    if near and where.int8_runs and where.precision != "int8":
+        return "the device is at its limit: 8-bit integers (--precision int8) cost it half"
     if near:
         faster = "a GPU (--device cuda)" if cpu else "a faster device"
         return f"the device is at its limit: {faster} or a narrower network (--model) helps"

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wsi_pipeline.bench.timing import Clock
 from wsi_pipeline.device import DTYPES
+from wsi_pipeline.eight_bit import byte_product
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import ModelSpec
 
@@ -28,10 +29,12 @@ def matrix_rate(device: str, precision: str, *, clock: Clock) -> float:
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
-        precision: ``fp32`` (without TF32), ``bf16``, ``fp16``.
+        precision: ``fp32`` (without TF32), ``bf16``, ``fp16``; ``int8``: of bytes.
         clock: what time it is.
     """
     side = MATRIX_SIDE[device.partition(":")[0]]
+    if precision == "int8":
+        return 2 * side**3 / _median(byte_product(side), device, clock)
     a, b = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * side**3 / _median(lambda: torch.mm(a, b, out=out), device, clock)

@@ -15,7 +15,7 @@ from wsi_pipeline.bench.stages import stages_of
 from wsi_pipeline.bench.subject import BenchOptions, Subject, prepared
 from wsi_pipeline.bench.timing import Clock, measure
 from wsi_pipeline.bench.whole import Whole
-from wsi_pipeline.device import half_pays
+from wsi_pipeline.device import half_pays, why_no_int8
 from wsi_pipeline.job import versions
 from wsi_pipeline.machine import available_cpus, peak_rss_mb, total_memory
 
@@ -54,6 +54,7 @@ def bench(
             device=predictor.device,
             precision=predictor.precision,
             half_pays=half_pays(subject.bundle.spec.architecture),
+            int8_runs=why_no_int8(predictor.device, subject.bundle.spec.architecture) is None,
             decoders=predictor.workers,
             cpus=available_cpus(),
         )
