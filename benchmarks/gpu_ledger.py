@@ -162,9 +162,11 @@ def variant_of(name: str, predictor: TorchPredictor, pixels: Tensor, stack: Exit
     elif name == "compiled":
         predictor._network = compiler(predictor._network)
     elif name == "compiled, heads too":
-        predict = compiler(predict)
+        predictor._maps_of = compiler(predictor._maps_of)  # type: ignore[method-assign]
     elif name == "compiled, captured":
-        predict = compiler(predict, mode="reduce-overhead")
+        predictor._maps_of = compiler(  # type: ignore[method-assign]
+            predictor._maps_of, mode="reduce-overhead"
+        )
     return predict
 
 

@@ -38,12 +38,14 @@ def tissue(tmp_path_factory):
         yield slide
 
 
-def maps_of(slide, *, margin=True, precision="fp32"):
+def maps_of(slide, *, margin=True, precision="fp32", compiler=None):
     predictor = inference.TorchPredictor.load(
         find_bundle("cerberus-lite"), device="cpu", precision=precision, tile_size=512
     )
     if not margin:
         predictor.margin_px = 0
+    if compiler is not None:
+        predictor._maps_of = compiler(predictor._maps_of)
     grid: PixelGrid = slide.working_grid(0.5)
     tiles = TileGrid.cover(grid, tile_px=512, halo_px=predictor.halo_px)
     found = list(predictor.predict(slide, tiles))
@@ -74,6 +76,18 @@ def test_a_rewrite_of_the_network_changes_nothing(tissue, expected, monkeypatch,
 
 def test_decoders_that_see_the_whole_halo_say_the_same(tissue, expected):
     assert_same(maps_of(tissue, margin=False), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiler_sees_network_and_heads_as_one_graph(tissue, expected, precision):
+    # Without its back end, which takes a minute: what it is given must be whole, and right.
+    compiler = partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = maps_of(tissue, precision=precision, compiler=compiler)
+    if precision == "fp32":
+        assert_same(found, expected)
+    for key, maps in expected.items():
+        apart = [np.abs(a - b).mean() for a, b in zip(found[key], maps, strict=True)]
+        assert np.mean(apart) < 0.5, key
 
 
 def test_maps_doubled_in_bf16_are_as_near_to_float32_as_torch_comes(tissue, expected, monkeypatch):

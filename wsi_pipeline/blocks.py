@@ -181,6 +181,7 @@ def _fuses(conv: nn.Conv2d, x_BCHW: Tensor) -> bool:
         and x_BCHW.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -304,7 +305,10 @@ def in_strips(
 
 
 def _is_inference(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.is_grad_enabled()
+    """Tell whether the ways of this module suit a CPU; a compiler has its own."""
+    return (
+        x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
 
 
 def fold_batch_norms(network: nn.Module) -> None:

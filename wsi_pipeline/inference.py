@@ -321,8 +321,12 @@ class TorchPredictor:
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
-            how = {"margin": self.margin_px} if self.margin_px else {}
-            logits = self._network(x_BCHW, **how)
+            return self._maps_of(x_BCHW)
+
+    def _maps_of(self, x_BCHW: Tensor) -> dict[str, Tensor]:
+        """Run the network on floats 0..255 and quantise what its heads say of the write boxes."""
+        how = {"margin": self.margin_px} if self.margin_px else {}
+        logits = self._network(x_BCHW, **how)
         maps: dict[str, Tensor] = {}
         for head in self.spec.heads:
             maps |= self._maps(head, logits[head.name])
