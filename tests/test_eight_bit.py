@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import subprocess
@@ -120,9 +121,10 @@ def test_levels_stand_for_their_numbers():
     parts = own[:, :, :3], own[:, :, 3:]
     assert torch.equal(torch.cat(parts, 2).floats().double(), numbers)
     assert torch.equal((own / 4).floats().double(), numbers / 4)
-    pooled = functional.max_pool2d(own, 2)
-    assert isinstance(pooled, Levels)
-    assert torch.equal(pooled.floats().double(), functional.max_pool2d(numbers, 2))
+    for how in ({"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}):
+        pooled = functional.max_pool2d(own, **how)
+        assert isinstance(pooled, Levels)
+        assert torch.equal(pooled.floats().double(), functional.max_pool2d(numbers, **how))
     mean = functional.avg_pool2d(own, 2)
     assert isinstance(mean, torch.Tensor), "means of levels are no levels"
     assert torch.equal(mean.double(), functional.avg_pool2d(numbers, 2))
@@ -161,7 +163,7 @@ def test_a_convolution_is_exact_up_to_its_rounding(kernel, stride, zero_in, zero
     if relu:
         wanted = wanted.relu()
     scale = float(wanted.max() - min(wanted.min(), 0)) / 200
-    own = eight_bit._EightBitConv(conv, scale=scale, zero=zero_out, floats=False)
+    own = eight_bit._EightBitConv(copy.deepcopy(conv), scale=scale, zero=zero_out, floats=False)
     found = own.fused(x, added, relu=relu)
     exact = wanted / scale + zero_out
     assert len(found.values.unique()) > 50

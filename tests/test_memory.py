@@ -50,6 +50,14 @@ def test_a_smaller_cap_gives_smaller_sizes_that_fit():
     assert len(set(tiles)) >= 3
 
 
+def test_with_small_tiles_finding_the_ranges_of_an_8_bit_network_sets_the_peak():
+    half = replace(FULL, value_bytes=2)
+    sizes = replace(WANTED, tile_px=256, extractors=1, canvas_bytes=memory.SMALL_CANVASES)
+    assert replace(half, in_bytes=True).peak(sizes) > half.peak(sizes)
+    large = replace(sizes, tile_px=2048)
+    assert replace(half, in_bytes=True).peak(large) == half.peak(large)
+
+
 def test_threads_go_before_batches_and_batches_before_tiles():
     gpu = replace(FULL, on_host=False)
     wanted = Sizes(tile_px=2048, batch_size=8, extractors=16)

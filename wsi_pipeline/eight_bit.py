@@ -162,7 +162,7 @@ class _EightBitConv(FusedConv):
         """Round the weights.
 
         Args:
-            conv: the convolution, in float32.
+            conv: the convolution, in float32; its weights are given up when levels come.
             scale: of the result's levels.
             zero: of the same.
             floats: the result is float32 instead.
@@ -191,6 +191,7 @@ class _EightBitConv(FusedConv):
                 self._levels, self._scales, x.scale, x.zero, *how, None
             )
             self._levels = None
+            conv.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # needed no more
         given = (x.values, x.scale, x.zero, self._packed, self._scales, self._zeros)
         scale, zero, dtype = self._result
         then: tuple[Any, ...] = ("relu" if relu else "none", [], "")

@@ -385,9 +385,10 @@ def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) ->
     return Demand(
         spec=spec,
         weights=sum(weight.numel() for weight in network.parameters()),
-        # Of what a pass in 8 bits holds, logits and pooled maps are larger than bytes.
+        # Of what a pass in 8 bits holds, logits and sums of strips are larger than bytes.
         value_bytes=2 if precision == "int8" else DTYPES[precision].itemsize,
         on_host=not device.startswith("cuda"),
+        in_bytes=precision == "int8",
     )
 
 

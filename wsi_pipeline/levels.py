@@ -94,10 +94,8 @@ class Levels:
             (own,) = args
             return replace(own, values=_doubled(own.values))
         if function is functional.max_pool2d:
-            own, *how = args
-            # torch counts the places of bytes in bytes; bfloat16 holds every level.
-            pooled = functional.max_pool2d(own.values.to(torch.bfloat16), *how, **kwargs)
-            return replace(own, values=pooled.to(torch.uint8))
+            own, kernel = args
+            return replace(own, values=_pooled(own.values, kernel, **kwargs))
         return function(*map(_plain, args), **{key: _plain(own) for key, own in kwargs.items()})
 
 
@@ -108,12 +106,69 @@ def _plain(value: object) -> object:
 def _doubled(values_BCHW: Tensor) -> Tensor:
     """Interpolate bilinearly, corner on corner, and round to the nearest level."""
     batch, channels, height, width = values_BCHW.shape
-    source = values_BCHW.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
     out = np.empty((batch, 2 * height, width, 2, channels), np.uint8)
-    for image, doubled in zip(source, out, strict=True):
-        _double(image.reshape(height, width * channels), doubled)
+    for rows, doubled in zip(_rows(values_BCHW), out, strict=True):
+        _double(rows, doubled)
     wide = torch.from_numpy(out.reshape(batch, 2 * height, 2 * width, channels))
     return wide.permute(0, 3, 1, 2)
+
+
+def _pooled(
+    values_BCHW: Tensor,
+    kernel: int,
+    *,
+    stride: int | None = None,
+    padding: int = 0,
+    **_others: object,
+) -> Tensor:
+    """Return the largest level of each window; torch counts the places of bytes in bytes."""
+    step = stride or kernel
+    batch, channels, height, width = values_BCHW.shape
+    sides = ((side + 2 * padding - kernel) // step + 1 for side in (height, width))
+    out = np.empty((batch, *sides, channels), np.uint8)
+    for rows, pooled in zip(_rows(values_BCHW), out, strict=True):
+        _pool(rows, pooled, kernel, step, padding)
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+def _rows(values_BCHW: Tensor) -> NDArray[np.uint8]:
+    """Return (B, H, W C), the channels of a pixel beside each other."""
+    laid = values_BCHW.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    array: NDArray[np.uint8] = laid.numpy()
+    return array.reshape(*array.shape[:2], -1)
+
+
+@compiled
+def _pool(
+    source: NDArray[np.uint8], out: NDArray[np.uint8], kernel: int, step: int, padding: int
+) -> None:
+    """Take maxima over rows, then over pixels; outside of the map there is level 0, the least.
+
+    Args:
+        source: (H, W C).
+        out: (h, w, C), written.
+        kernel: side of a window.
+        step: from a window to the next.
+        padding: by how much the first window begins before the map.
+    """
+    height, length = source.shape
+    channels = out.shape[2]
+    line = np.empty(length, np.uint8)
+    for y in range(out.shape[0]):
+        line[:] = 0
+        for row in range(max(0, y * step - padding), min(height, y * step - padding + kernel)):
+            above = source[row]
+            for i in range(length):
+                line[i] = max(line[i], above[i])
+        for x in range(out.shape[1]):
+            pixel = out[y, x]
+            pixel[:] = 0
+            first = max(0, x * step - padding) * channels
+            last = min(length, (x * step - padding + kernel) * channels)
+            for start in range(first, last, channels):
+                beside = line[start : start + channels]
+                for c in range(channels):
+                    pixel[c] = max(pixel[c], beside[c])
 
 
 @compiled

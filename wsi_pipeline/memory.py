@@ -47,6 +47,8 @@ BLOCKS = 4
 """Blocks of maps at once: being made, two waiting, being written."""
 SMALLER_TILES = (768, 512, 256)
 """Sides tried where the preferred one is too large."""
+RANGES = 288 * MIB
+"""What drawing the fixed images and a float32 pass over them hold before a network is in 8 bits."""
 MARGIN = 1.05
 
 PASS_VALUES = {
@@ -73,6 +75,8 @@ class Demand:
     """Bytes of a value in the network's precision."""
     on_host: bool
     """Whether the network computes in the host's memory."""
+    in_bytes: bool = False
+    """Whether it computes in 8-bit integers."""
 
     def peak(self, sizes: Sizes) -> int:
         """Return the bytes that a run holds at its most on the host."""
@@ -84,6 +88,8 @@ class Demand:
         loading = 8 * self.weights  # the file's, and the network's, in float32
         predicting = BATCHES * sizes.batch_size * window * 3 + sizes.canvas_bytes + BLOCKS * maps
         extracting = EXTRACTION + sizes.extractors * EXTRACTOR
+        if self.in_bytes:
+            loading += RANGES
         if not self.on_host:
             return int(MARGIN * (PROGRAM_CUDA + loading + predicting + extracting))
         predicting += int(window * self._pass_values()) * self.value_bytes
