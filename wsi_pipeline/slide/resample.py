@@ -8,19 +8,34 @@ window, the band or the thread that asked for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from wsi_pipeline.compiled import compiled
 
-__all__ = ["AxisTaps", "area_mean", "axis_taps", "resample", "ycc_to_rgb"]
+__all__ = [
+    "AxisTaps",
+    "area_mean",
+    "axis_taps",
+    "most_taps",
+    "resample",
+    "resample_part",
+    "whiten_around",
+    "ycc_to_rgb",
+]
 
 _UNITY = 2048
 """Weights of one axis add up to this: 11 bits, so that 11 + 11 + 8 bits fit an int32."""
 _SHIFT = 22
 """Of those of both axes."""
+_HALF = _UNITY * _UNITY // 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +45,37 @@ class AxisTaps:
     first: NDArray[np.int32]
     """``(N,)`` first source pixel; -1 where the target pixel lies outside the source."""
     weights: NDArray[np.int32]
-    """``(N, T)`` weights of the source pixels from ``first`` on; they add up to 2048."""
+    """``(N, T)`` weights of the source pixels from ``first`` on; they add up to 2048. At least
+    three, of which the last may be zero and lie outside the source."""
+
+    @property
+    def inside(self) -> tuple[int, int]:
+        """Half-open range of the target pixels that do not lie outside the source."""
+        inside = np.flatnonzero(self.first >= 0)
+        return (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
+
+    @property
+    def ends(self) -> NDArray[np.int32]:
+        """``(N,)`` one past the last source pixel of any weight."""
+        reach = self.weights.shape[1] - np.argmax(self.weights[:, ::-1] > 0, axis=1)
+        return (self.first + reach).astype(np.int32)
+
+    def first_pixels(self, count: int) -> AxisTaps:
+        """Return the taps of the first target pixels."""
+        return AxisTaps(first=self.first[:count], weights=self.weights[:count])
 
     @property
     def span(self) -> tuple[int, int]:
         """Half-open range of the source pixels that have any weight; empty as (0, 0)."""
-        inside = self.first >= 0
-        if not inside.any():
+        start, stop = self.inside
+        if start == stop:
             return 0, 0
-        reach = self.weights.shape[1] - np.argmax(self.weights[:, ::-1] > 0, axis=1)
-        return int(self.first[inside].min()), int((self.first + reach)[inside].max())
+        return int(self.first[start:stop].min()), int(self.ends[start:stop].max())
+
+
+def most_taps(scale: float) -> int:
+    """Return how many source pixels the taps of a target pixel name, some of no weight."""
+    return max(3, math.ceil(scale) + 1)
 
 
 def axis_taps(start: int, stop: int, *, scale: float, offset: float, size: int) -> AxisTaps:
@@ -65,7 +101,7 @@ def axis_taps(start: int, stop: int, *, scale: float, offset: float, size: int) 
         low, high = centre - 0.5, centre + 0.5  # a box one source pixel wide interpolates
     low, high = np.clip(low, 0, size), np.clip(high, 0, size)
     first = np.minimum(np.floor(low + 1e-9).astype(np.int64), size - 1)
-    pixel = first[:, None] + np.arange(math.ceil(max(scale, 1.0)) + 1)
+    pixel = first[:, None] + np.arange(most_taps(scale))
     share = np.minimum(high[:, None], pixel + 1) - np.maximum(low[:, None], pixel)
     share = np.where(pixel < size, np.maximum(share, 0), 0)
     total = np.where(outside, 1, share.sum(axis=1))[:, None]
@@ -83,30 +119,58 @@ def resample(
     corner: tuple[int, int],
     taps: tuple[AxisTaps, AxisTaps],
     target: NDArray[np.uint8],
-    left: int,
 ) -> None:
-    """Fill some columns of a target from a part of the source; white outside of it.
+    """Fill a target from a part of the source; white outside of it.
 
     Args:
-        source: ``(h, w, 3)``, contiguous, a part that holds all pixels the taps need.
+        source: ``(h, w, 3)``, a part that holds all pixels the taps need.
         corner: ``(x, y)`` of that part in source pixels.
-        taps: for x and y, of the columns and lines to fill.
-        target: ``(H, W, 3)``, contiguous, all lines of which are filled.
-        left: first column to fill.
+        taps: for x and y, of the columns and lines of the target.
+        target: ``(H, W, 3)``, contiguous.
     """
-    x, y = taps
-    start, stop = x.span
-    columns = max(0, start - corner[0]), max(0, stop - corner[0])
+    columns, lines = taps[0].inside, taps[1].inside
+    whiten_around(target, columns, lines)
+    resample_part(source, corner, taps, columns, lines, target)
+
+
+def resample_part(
+    source: NDArray[np.uint8],
+    corner: tuple[int, int],
+    taps: tuple[AxisTaps, AxisTaps],
+    columns: tuple[int, int],
+    lines: tuple[int, int],
+    target: NDArray[np.uint8],
+) -> None:
+    """Fill a rectangle of a target, none of which lies outside the source.
+
+    Args:
+        source: ``(h, w, 3)``, a part that holds all pixels of any weight.
+        corner: ``(x, y)`` of that part in source pixels.
+        taps: for x and y, of the columns and lines of the target.
+        columns: half-open range to fill.
+        lines: half-open range to fill.
+        target: ``(H, W, 3)``, contiguous; pixels beside the rectangle stay as they are.
+    """
+    if columns[0] >= columns[1] or lines[0] >= lines[1]:
+        return
+    x, y = slice(*columns), slice(*lines)
     _resample(
         _flat(source),
-        columns,
-        np.where(x.first < 0, -1, x.first - start),
-        x.weights,
-        np.where(y.first < 0, -1, y.first - corner[1]),
-        y.weights,
+        corner,
+        (taps[0].first[x], taps[0].weights[x]),
+        (taps[1].first[y], taps[1].weights[y]),
         _flat(target),
-        left,
+        (columns[0], lines[0]),
     )
+
+
+def whiten_around(
+    target: NDArray[np.uint8], columns: tuple[int, int], lines: tuple[int, int]
+) -> None:
+    """Fill all of a target white but a rectangle, given by half-open ranges."""
+    target[: lines[0]] = target[lines[1] :] = 255
+    target[lines[0] : lines[1], : columns[0]] = 255
+    target[lines[0] : lines[1], columns[1] :] = 255
 
 
 def _flat(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -141,15 +205,57 @@ def ycc_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return rgb
 
 
-def _add_line_loops(line: NDArray[np.uint8], weight: int, total: NDArray[np.int32]) -> None:
-    for i in range(line.size):
-        total[i] += np.int32(weight) * np.int32(line[i])
+@intrinsic  # type: ignore[misc]
+def _blend_pixel(
+    typing: Any, total: Any, at: Any, weights: Any, row: Any, line: Any, to: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """Write four bytes of a line: red, green and blue of a pixel, and one that is of no use.
+
+    In vectors of four, which compilers do not find by themselves in loops over three colours.
+
+    Args:
+        typing: of no use.
+        total: int32, from ``at`` on three pixels and one number more.
+        at: uint64.
+        weights: int32, three from ``row`` on.
+        row: uint64.
+        line: uint8, four from ``to`` on.
+        to: uint64.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, four = ir.IntType(32), ir.VectorType(ir.IntType(32), 4)
+        unset, zero = ir.Constant(four, ir.Undefined), ir.Constant(number, 0)
+
+        def place(array: int, step: int) -> Any:
+            kind, value = signature.args[array], arguments[array]
+            data = context.make_array(kind)(context, builder, value).data
+            at = arguments[array + 1]
+            return builder.gep(data, [builder.add(at, ir.Constant(at.type, step))])
+
+        value = ir.Constant(four, [_HALF] * 4)
+        for tap in range(3):
+            source = builder.bitcast(place(0, 3 * tap), four.as_pointer())
+            weight = builder.insert_element(unset, builder.load(place(2, tap)), zero)
+            weight = builder.shuffle_vector(weight, unset, ir.Constant(four, [0] * 4))
+            value = builder.add(value, builder.mul(builder.load(source, align=4), weight))
+        value = builder.lshr(value, ir.Constant(four, [_SHIFT] * 4))
+        # one store of a number: four bytes as a vector take several
+        value = builder.trunc(value, ir.VectorType(ir.IntType(8), 4))
+        goal = builder.bitcast(place(4, 0), number.as_pointer())
+        builder.store(builder.bitcast(value, number), goal, align=1)
+        return context.get_dummy_value()
+
+    return types.void(total, at, weights, row, line, to), generate
 
 
 def _sum_three_lines_loops(
-    lines: NDArray[np.uint8], weights: NDArray[np.int32], total: NDArray[np.int32]
+    top: NDArray[np.uint8],
+    middle: NDArray[np.uint8],
+    bottom: NDArray[np.uint8],
+    weights: NDArray[np.int32],
+    total: NDArray[np.int32],
 ) -> None:
-    top, middle, bottom = lines[0], lines[1], lines[2]
     first, second, third = weights[0], weights[1], weights[2]
     for i in range(top.size):
         total[i] = (
@@ -157,21 +263,49 @@ def _sum_three_lines_loops(
         )
 
 
-def _blend_columns_loops(
+def _sum_lines_loops(
+    lines: NDArray[np.uint8], weights: NDArray[np.int32], total: NDArray[np.int32]
+) -> None:
+    total[:] = 0
+    for t in range(weights.size):
+        if weights[t]:
+            line, weight = lines[t], weights[t]
+            for i in range(line.size):
+                total[i] += np.int32(weight) * np.int32(line[i])
+
+
+def _blend_three_columns_loops(
     total: NDArray[np.int32],
-    first: NDArray[np.int32],
+    places: NDArray[np.int32],
     weights: NDArray[np.int32],
     line: NDArray[np.uint8],
 ) -> None:
-    half = np.int32(_UNITY * _UNITY // 2)
-    for i in range(first.size):
-        if first[i] < 0:
-            line[i * 3 : i * 3 + 3] = 255
-            continue
-        at = first[i] * 3
-        red = green = blue = half
-        for t in range(weights.shape[1]):
-            weight = weights[i, t]
+    # Without signs, an index is no candidate for one from the end, which would cost a branch.
+    three = np.uint64(3)
+    last = places.size - 1
+    for i in range(last):
+        at, row = np.uint64(places[i]), np.uint64(i) * three
+        _blend_pixel(total, at, weights, row, line, row)
+    # what lies beside it is not ours to write
+    for c in range(3):
+        at = places[last] + c
+        value = weights[3 * last] * total[at] + weights[3 * last + 1] * total[at + 3]
+        value += weights[3 * last + 2] * total[at + 6]
+        line[3 * last + c] = (value + _HALF) >> _SHIFT
+
+
+def _blend_columns_loops(
+    total: NDArray[np.int32],
+    places: NDArray[np.int32],
+    weights: NDArray[np.int32],
+    line: NDArray[np.uint8],
+) -> None:
+    taps = weights.size // places.size
+    for i in range(places.size):
+        at = places[i]
+        red = green = blue = np.int32(_HALF)
+        for t in range(taps):
+            weight = weights[i * taps + t]
             red += weight * total[at + t * 3]
             green += weight * total[at + t * 3 + 1]
             blue += weight * total[at + t * 3 + 2]
@@ -180,58 +314,35 @@ def _blend_columns_loops(
         line[i * 3 + 2] = blue >> _SHIFT
 
 
-def _blend_three_columns_loops(
-    total: NDArray[np.int32],
-    first: NDArray[np.int32],
-    weights: NDArray[np.int32],
-    line: NDArray[np.uint8],
-) -> None:
-    # Without signs, an index is no candidate for one from the end, which would cost a branch.
-    channels = np.uint64(0), np.uint64(1), np.uint64(2)
-    half, three, six = np.int32(_UNITY * _UNITY // 2), np.uint64(3), np.uint64(6)
-    for i in range(first.size):
-        to = np.uint64(i) * three
-        if first[i] < 0:
-            for c in channels:
-                line[to + c] = 255
-            continue
-        at = np.uint64(first[i]) * three
-        left, middle, right = weights[i, 0], weights[i, 1], weights[i, 2]
-        for c in channels:
-            value = left * total[at + c] + middle * total[at + three + c]
-            line[to + c] = (value + right * total[at + six + c] + half) >> _SHIFT
-
-
 def _resample_loops(
     source: NDArray[np.uint8],
-    columns: tuple[int, int],
-    x_first: NDArray[np.int32],
-    x_weights: NDArray[np.int32],
-    y_first: NDArray[np.int32],
-    y_weights: NDArray[np.int32],
+    corner: tuple[int, int],
+    x: tuple[NDArray[np.int32], NDArray[np.int32]],
+    y: tuple[NDArray[np.int32], NDArray[np.int32]],
     target: NDArray[np.uint8],
-    left: int,
+    start: tuple[int, int],
 ) -> None:
-    width = (columns[1] - columns[0]) * 3
+    (x_first, x_weights), (y_first, y_weights) = x, y
+    count, taps = x_weights.shape
+    begin = x_first[0] - corner[0]
+    end = min(source.shape[1], 3 * (x_first[count - 1] - corner[0] + taps))
+    columns = source[:, 3 * begin : end]
+    last = source.shape[0] - 1
     # the last taps reach a little further, where their weight is zero
-    total = np.zeros(width + 3 * x_weights.shape[1], np.int32)
-    for j in range(target.shape[0]):
-        line = target[j, left * 3 : (left + x_first.size) * 3]
-        if y_first[j] < 0:
-            line[:] = 255
-            continue
-        lines = source[y_first[j] :, columns[0] * 3 : columns[1] * 3]
-        if y_weights.shape[1] == 3 and lines.shape[0] >= 3:
-            _sum_three_lines(lines, y_weights[j], total)
+    total = np.zeros(columns.shape[1] + 3 * taps + 1, np.int32)
+    places = (x_first - x_first[0]) * np.int32(3)
+    weights = x_weights.reshape(count * taps)
+    for j in range(y_first.size):
+        at = y_first[j] - corner[1]
+        left = 3 * start[0]
+        line = target[start[1] + j, left : left + 3 * count]
+        if taps == 3 and y_weights.shape[1] == 3:
+            middle, bottom = columns[min(at + 1, last)], columns[min(at + 2, last)]
+            _sum_three_lines(columns[at], middle, bottom, y_weights[j], total)
+            _blend_three_columns(total, places, weights, line)
         else:
-            total[:] = 0
-            for t in range(y_weights.shape[1]):
-                if y_weights[j, t]:
-                    _add_line(lines[t], y_weights[j, t], total)
-        if x_weights.shape[1] == 3:
-            _blend_three_columns(total, x_first, x_weights, line)
-        else:
-            _blend_columns(total, x_first, x_weights, line)
+            _sum_lines(columns[at:], y_weights[j], total)
+            _blend_columns(total, places, weights, line)
 
 
 def _area_mean_loops(pixels: NDArray[np.uint8], shift: int, means: NDArray[np.uint8]) -> None:
@@ -275,10 +386,10 @@ def _ycc_to_rgb_loops(pixels: NDArray[np.uint8], rgb: NDArray[np.uint8]) -> None
                 rgb[j, i, c] = 0 if value < 0 else 255 if value > 255 else value
 
 
-_add_line = compiled(_add_line_loops)
 _sum_three_lines = compiled(_sum_three_lines_loops)
-_blend_columns = compiled(_blend_columns_loops)
+_sum_lines = compiled(_sum_lines_loops)
 _blend_three_columns = compiled(_blend_three_columns_loops)
+_blend_columns = compiled(_blend_columns_loops)
 _resample = compiled(_resample_loops)
 _area_mean = compiled(_area_mean_loops)
 _ycc_to_rgb = compiled(_ycc_to_rgb_loops)
