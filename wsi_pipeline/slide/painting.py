@@ -17,7 +17,7 @@ So the tiles themselves are kept nowhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -27,7 +27,14 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.slide.planes import Sampling
-from wsi_pipeline.slide.resample import AxisTaps, most_taps, resample_part, whiten_around
+from wsi_pipeline.slide.resample import (
+    AxisTaps,
+    keep_edges,
+    most_taps,
+    resample_columns,
+    resample_part,
+    whiten_around,
+)
 from wsi_pipeline.slide.rows import Row, canvas_box
 
 __all__ = ["Band", "Painter", "painter_for", "painting_bytes"]
@@ -38,7 +45,7 @@ Tile = tuple[int, int]
 Range = tuple[int, int]
 """Half-open."""
 
-_EDGES_A_JOB = 16
+_LINES_A_JOB = 512
 """Enough work for a job to hide what handing it over costs."""
 
 
@@ -102,7 +109,7 @@ class _Copier:
         )
         inside = row.canvas.intersect(self._plane.box).relative_to(row.canvas)
         whiten_around(band.pixels, (inside.x, inside.x1), (inside.y, inside.y1))
-        if previous is not None and _same_columns(previous, band):
+        if previous is not None and _same_columns(previous.row, row):
             before, now = previous.row.canvas, row.canvas
             shared = before.intersect(now)
             common = shared.intersect(self._plane.box)
@@ -141,17 +148,29 @@ class _Cuts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Columns:
+    """The columns of all bands of a panel."""
+
+    taps: AxisTaps
+    cuts: _Cuts
+    seams: NDArray[np.int32]
+    """``(N,)`` of those across edges."""
+    seam_taps: AxisTaps
+    """Theirs, on the picture of what is kept beside edges."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _ResampledBand(Band):
     """A band, and what its seams are made of."""
 
-    taps: tuple[AxisTaps, AxisTaps]
-    """Of its columns and lines."""
-    columns: _Cuts
+    columns: _Columns
+    taps: AxisTaps
+    """Of its lines."""
     lines: _Cuts
     below: Pixels
     """``(rows of tiles, 2 m, W, 3)``: of the canvas, around the lower edge of each."""
     beside: Pixels
-    """``(columns of tiles, H, 2 m, 3)``: around the right edge of each."""
+    """``(H, (columns of tiles - 1) 2 m, 3)``: around their edges, side by side."""
 
 
 class _Resampler:
@@ -165,63 +184,87 @@ class _Resampler:
 
     def begin(self, row: Row, previous: Band | None) -> Band:
         (width, height), canvas, box = self._raster.tile_size, row.canvas, self._largest(row)
-        x, y = self._sampling.taps(box)
+        before = previous if isinstance(previous, _ResampledBand) else None
+        if before is not None and not _same_columns(before.row, row):
+            before = None
+        columns = self._columns(row) if before is None else before.columns
+        y = self._sampling.axis_taps(1, box.y, box.y1)
         # What is complete here is made now: the next row of windows will not have these tiles.
         complete = int(np.searchsorted(y.ends[slice(*y.inside)], canvas.y1, "right"))
-        y = y.first_pixels(max(row.span.height, y.inside[0] + complete))
+        y = y.only(0, max(row.span.height, y.inside[0] + complete))
         box = Box(x=box.x, y=box.y, width=box.width, height=len(y.first))
         around = 2 * self._margin
+        edges = max(0, canvas.width // width - 1)
         band = _ResampledBand(
             row=row,
             pixels=self._buffers.next(box),
             corner=(box.x, box.y),
-            taps=(x, y),
-            columns=_Cuts(x, canvas.x, canvas.x1, width),
+            columns=columns,
+            taps=y,
             lines=_Cuts(y, canvas.y, canvas.y1, height),
             below=np.empty((canvas.height // height, around, canvas.width, 3), np.uint8),
-            beside=np.empty((canvas.width // width, canvas.height, around, 3), np.uint8),
+            beside=np.empty((canvas.height, edges * around, 3), np.uint8),
         )
-        whiten_around(band.pixels, x.inside, y.inside)
-        if isinstance(previous, _ResampledBand) and _same_columns(previous, band):
-            self._carry_over(previous, band)
+        whiten_around(band.pixels, columns.taps.inside, y.inside)
+        if before is not None:
+            self._carry_over(before, band)
         return band
 
     def put(self, band: Band, tile: Tile, pixels: Pixels | None) -> None:
         assert isinstance(band, _ResampledBand)
-        box, (width, height) = self._raster.tile_box(*tile), self._raster.tile_size
+        (width, height), canvas = self._raster.tile_size, band.row.canvas
         if pixels is None:
-            pixels = np.full((box.height, box.width, 3), 255, np.uint8)
-        place = box.relative_to(band.row.canvas)
-        columns = band.columns.within(place.x // width)
-        lines = band.lines.within(place.y // height)
-        resample_part(pixels, (box.x, box.y), band.taps, columns, lines, band.pixels)
-        at_y, at_x = place.slices
-        for edge, kept, part in _near(place.y, place.y1, height, self._margin, len(band.below)):
-            band.below[edge, kept, at_x] = pixels[part]
-        for edge, kept, part in _near(place.x, place.x1, width, self._margin, len(band.beside)):
-            band.beside[edge, at_y, kept] = pixels[:, part]
+            pixels = np.full((*self._raster.tile_box(*tile).size[::-1], 3), 255, np.uint8)
+        corner = tile[0] * width, tile[1] * height
+        columns = band.columns.cuts.within(tile[0] - canvas.x // width)
+        lines = band.lines.within(tile[1] - canvas.y // height)
+        resample_part(pixels, corner, (band.columns.taps, band.taps), columns, lines, band.pixels)
+        place = corner[0] - canvas.x, corner[1] - canvas.y
+        keep_edges(pixels, place, (width, height), self._margin, band.below, band.beside)
 
     def finish(self, band: Band) -> Sequence[Callable[[], None]]:
         assert isinstance(band, _ResampledBand)
-        # beyond the last edges lies no tile of this band
-        down, along = range(len(band.below) - 1), range(len(band.beside) - 1)
-        groups = [along[at : at + _EDGES_A_JOB] for at in range(0, len(along), _EDGES_A_JOB)]
-        jobs = [partial(self._across_columns, band, group) for group in groups]
-        return [partial(self._across_rows, band, down), *jobs]
+        jobs = [partial(self._across_rows, band)]
+        if band.columns.seams.size:
+            start, stop = band.taps.inside
+            for line in range(start, stop, _LINES_A_JOB):
+                lines = line, min(line + _LINES_A_JOB, stop)
+                jobs.append(partial(self._across_columns, band, lines))
+        return jobs
 
-    def _across_rows(self, band: _ResampledBand, edges: range) -> None:
+    def _across_rows(self, band: _ResampledBand) -> None:
         canvas, height = band.row.canvas, self._raster.tile_size[1]
-        for edge in edges:
+        taps = band.columns.taps, band.taps
+        for edge, source in enumerate(band.below[:-1]):  # below the last one lies no tile yet
             corner = canvas.x, canvas.y + (edge + 1) * height - self._margin
-            columns, lines = band.taps[0].inside, band.lines.across(edge)
-            resample_part(band.below[edge], corner, band.taps, columns, lines, band.pixels)
+            columns, lines = taps[0].inside, band.lines.across(edge)
+            resample_part(source, corner, taps, columns, lines, band.pixels)
 
-    def _across_columns(self, band: _ResampledBand, edges: range) -> None:
-        canvas, width = band.row.canvas, self._raster.tile_size[0]
-        for edge in edges:
-            corner = canvas.x + (edge + 1) * width - self._margin, canvas.y
-            columns, lines = band.columns.across(edge), band.taps[1].inside
-            resample_part(band.beside[edge], corner, band.taps, columns, lines, band.pixels)
+    def _across_columns(self, band: _ResampledBand, lines: Range) -> None:
+        columns = band.columns
+        corner, taps = (0, band.row.canvas.y), (columns.seam_taps, band.taps)
+        resample_columns(band.beside, corner, taps, lines, band.pixels, columns.seams)
+
+    def _columns(self, row: Row) -> _Columns:
+        canvas, margin, width = row.canvas, self._margin, self._raster.tile_size[0]
+        taps = self._sampling.axis_taps(0, row.span.x, row.span.x1)
+        cuts = _Cuts(taps, canvas.x, canvas.x1, width)
+        edges = range(canvas.width // width - 1)
+        seams = [np.arange(*cuts.across(edge), dtype=np.int32) for edge in edges]
+        first = [
+            taps.first[across] + (2 * margin * edge + margin - canvas.x - (edge + 1) * width)
+            for edge, across in enumerate(seams)
+        ]
+        none = np.empty(0, np.int32)
+        across = np.concatenate([none, *seams])
+        return _Columns(
+            taps=taps,
+            cuts=cuts,
+            seams=across,
+            seam_taps=AxisTaps(
+                first=np.concatenate([none, *first]).astype(np.int32), weights=taps.weights[across]
+            ),
+        )
 
     def _carry_over(self, previous: _ResampledBand, band: _ResampledBand) -> None:
         before, now = previous.row.canvas, band.row.canvas
@@ -238,7 +281,7 @@ class _Resampler:
         old, new = rows.start - before.y // height, rows.start - now.y // height
         band.below[new : new + len(rows)] = previous.below[old : old + len(rows)]
         old, new = shared.y - before.y, shared.y - now.y
-        band.beside[:, new : new + shared.height] = previous.beside[:, old : old + shared.height]
+        band.beside[new : new + shared.height] = previous.beside[old : old + shared.height]
 
     def _largest(self, row: Row) -> Box:
         """Return the most that the band of a row may cover; grid pixels."""
@@ -274,27 +317,9 @@ def _lines_a_tile(sampling: Sampling) -> int:
     return math.ceil(sampling.plane.raster.tile_size[1] / sampling.scale[1]) + 1
 
 
-def _same_columns(previous: Band, band: Band) -> bool:
-    """Tell whether two bands are of one panel; others share nothing."""
+def _same_columns(previous: Row, row: Row) -> bool:
+    """Tell whether two rows are of one panel; others share nothing."""
     return all(
         (before.x, before.width) == (now.x, now.width)
-        for before, now in (
-            (previous.row.canvas, band.row.canvas),
-            (previous.row.span, band.row.span),
-        )
+        for before, now in ((previous.canvas, row.canvas), (previous.span, row.span))
     )
-
-
-def _near(
-    start: int, stop: int, side: int, margin: int, edges: int
-) -> Iterator[tuple[int, slice, slice]]:
-    """Yield the edges behind tiles near which a range of pixels lies.
-
-    Yields:
-        Index of the edge; the part of what is kept around it; the part of the range.
-    """
-    for edge in range(max(0, (start - margin) // side), min(edges, -(-(stop + margin) // side))):
-        first = (edge + 1) * side - margin
-        a, b = max(start, first), min(stop, first + 2 * margin)
-        if a < b:
-            yield edge, slice(a - first, b - first), slice(a - start, b - start)
