@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsi_pipeline.geometry import Box
+from wsi_pipeline.slide import kernels
 from wsi_pipeline.slide.bands import read_bands
 from wsi_pipeline.slide.planes import Plane, Sampling
 from wsi_pipeline.slide.reader import RasterLevel
 from wsi_pipeline.slide.resample import (
     axis_taps,
-    keep_edges,
+    flat,
     resample,
     resample_columns,
     resample_part,
@@ -100,16 +101,16 @@ def test_columns_apart_are_filled_and_no_other_byte_is_touched():
 def test_what_is_kept_near_edges_is_what_lies_there(side, lattice, margin):
     (width, height), (columns, rows) = side, lattice
     whole = picture(columns * width, rows * height)
-    below = np.full((rows, 2 * margin, columns * width, 3), 7, np.uint8)
+    below = np.full((rows, 2 * margin, columns * width * 3), 7, np.uint8)
     beside = np.full((rows * height, (columns - 1) * 2 * margin, 3), 7, np.uint8)
     for row, column in np.ndindex(rows, columns):
         x, y = column * width, row * height
         tile = whole[y : y + height, x : x + width]
-        keep_edges(tile, (x, y), side, margin, below, beside)
+        kernels.keep_edges(flat(tile), (x, y), side, margin, below, flat(beside))
     frame = np.pad(whole, ((margin, margin), (margin, margin), (0, 0)), constant_values=7)
     for row in range(rows):
         expected = frame[(row + 1) * height :, margin : margin + columns * width][: 2 * margin]
-        assert np.array_equal(below[row], expected)
+        assert np.array_equal(below[row], flat(expected))
     for edge in range(columns - 1):
         expected = frame[margin : margin + rows * height, (edge + 1) * width :, :][:, : 2 * margin]
         assert np.array_equal(beside[:, edge * 2 * margin :][:, : 2 * margin], expected)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.compiled import compiled
 
-__all__ = ["UNITY", "area_mean", "keep_edges", "resample", "scatter", "ycc_to_rgb"]
+__all__ = ["UNITY", "area_mean", "keep_edges", "paint", "resample", "scatter", "ycc_to_rgb"]
 
 UNITY = 2048
 """Weights of one axis add up to this: 11 bits, so that 11 + 11 + 8 bits fit an int32."""
@@ -218,6 +218,24 @@ def _keep_edges_loops(
                 beside[y0 + y, to + i] = pixels[y, i]
 
 
+def _paint_loops(
+    pixels: NDArray[np.uint8],
+    corner: tuple[int, int],
+    x: tuple[NDArray[np.int32], NDArray[np.int32]],
+    y: tuple[NDArray[np.int32], NDArray[np.int32]],
+    target: NDArray[np.uint8],
+    start: tuple[int, int],
+    place: tuple[int, int],
+    tile_size: tuple[int, int],
+    margin: int,
+    below: NDArray[np.uint8],
+    beside: NDArray[np.uint8],
+) -> None:
+    if x[0].size and y[0].size:
+        resample(pixels, corner, x, y, target, start)
+    keep_edges(pixels, place, tile_size, margin, below, beside)
+
+
 def _scatter_loops(
     filled: NDArray[np.uint8], columns: NDArray[np.int32], target: NDArray[np.uint8], top: int
 ) -> None:
@@ -275,6 +293,7 @@ _blend_three_columns = compiled(_blend_three_columns_loops)
 _blend_columns = compiled(_blend_columns_loops)
 resample = compiled(_resample_loops)
 keep_edges = compiled(_keep_edges_loops)
+paint = compiled(_paint_loops)
 scatter = compiled(_scatter_loops)
 area_mean = compiled(_area_mean_loops)
 ycc_to_rgb = compiled(_ycc_to_rgb_loops)

@@ -26,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_pipeline.geometry import Box
+from wsi_pipeline.slide import kernels
 from wsi_pipeline.slide.planes import Sampling
 from wsi_pipeline.slide.resample import (
     AxisTaps,
-    keep_edges,
+    flat,
     most_taps,
     resample_columns,
     resample_part,
@@ -137,10 +138,9 @@ class _Cuts:
         inside = slice(*taps.inside)
         self._begin = (np.searchsorted(taps.first[inside], edges) + inside.start).tolist()
         self._end = (np.searchsorted(taps.ends[inside], edges, "right") + inside.start).tolist()
-
-    def within(self, index: int) -> Range:
-        """Return those that a tile makes alone."""
-        return self._begin[index], self._end[index + 1]
+        within = [slice(*edges) for edges in zip(self._begin[:-1], self._end[1:], strict=True)]
+        self.parts = [(part.start, (taps.first[part], taps.weights[part])) for part in within]
+        """Those that a tile makes alone: the first, and the taps of all."""
 
     def across(self, index: int) -> Range:
         """Return those across the edge behind a tile."""
@@ -168,7 +168,7 @@ class _ResampledBand(Band):
     """Of its lines."""
     lines: _Cuts
     below: Pixels
-    """``(rows of tiles, 2 m, W, 3)``: of the canvas, around the lower edge of each."""
+    """``(rows of tiles, 2 m, 3 W)``: of the canvas, around the lower edge of each."""
     beside: Pixels
     """``(H, (columns of tiles - 1) 2 m, 3)``: around their edges, side by side."""
 
@@ -202,7 +202,7 @@ class _Resampler:
             columns=columns,
             taps=y,
             lines=_Cuts(y, canvas.y, canvas.y1, height),
-            below=np.empty((canvas.height // height, around, canvas.width, 3), np.uint8),
+            below=np.empty((canvas.height // height, around, canvas.width * 3), np.uint8),
             beside=np.empty((canvas.height, edges * around, 3), np.uint8),
         )
         whiten_around(band.pixels, columns.taps.inside, y.inside)
@@ -215,12 +215,23 @@ class _Resampler:
         (width, height), canvas = self._raster.tile_size, band.row.canvas
         if pixels is None:
             pixels = np.full((*self._raster.tile_box(*tile).size[::-1], 3), 255, np.uint8)
-        corner = tile[0] * width, tile[1] * height
-        columns = band.columns.cuts.within(tile[0] - canvas.x // width)
-        lines = band.lines.within(tile[1] - canvas.y // height)
-        resample_part(pixels, corner, (band.columns.taps, band.taps), columns, lines, band.pixels)
-        place = corner[0] - canvas.x, corner[1] - canvas.y
-        keep_edges(pixels, place, (width, height), self._margin, band.below, band.beside)
+        x, y = tile[0] * width, tile[1] * height
+        left, columns = band.columns.cuts.parts[tile[0] - canvas.x // width]
+        top, lines = band.lines.parts[tile[1] - canvas.y // height]
+        # in one call, and made ready before: there are thousands of tiles
+        kernels.paint(
+            flat(pixels),
+            (x, y),
+            columns,
+            lines,
+            flat(band.pixels),
+            (left, top),
+            (x - canvas.x, y - canvas.y),
+            self._raster.tile_size,
+            self._margin,
+            band.below,
+            flat(band.beside),
+        )
 
     def finish(self, band: Band) -> Sequence[Callable[[], None]]:
         assert isinstance(band, _ResampledBand)
@@ -235,10 +246,11 @@ class _Resampler:
     def _across_rows(self, band: _ResampledBand) -> None:
         canvas, height = band.row.canvas, self._raster.tile_size[1]
         taps = band.columns.taps, band.taps
-        for edge, source in enumerate(band.below[:-1]):  # below the last one lies no tile yet
+        for edge, lines in enumerate(band.below[:-1]):  # below the last one lies no tile yet
+            source = lines.reshape(len(lines), canvas.width, 3)
             corner = canvas.x, canvas.y + (edge + 1) * height - self._margin
-            columns, lines = taps[0].inside, band.lines.across(edge)
-            resample_part(source, corner, taps, columns, lines, band.pixels)
+            part = taps[0].inside, band.lines.across(edge)
+            resample_part(source, corner, taps, *part, band.pixels)
 
     def _across_columns(self, band: _ResampledBand, lines: Range) -> None:
         columns = band.columns

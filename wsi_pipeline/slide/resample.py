@@ -19,7 +19,7 @@ __all__ = [
     "AxisTaps",
     "area_mean",
     "axis_taps",
-    "keep_edges",
+    "flat",
     "most_taps",
     "resample",
     "resample_columns",
@@ -147,11 +147,11 @@ def resample_part(
         return
     x, y = slice(*columns), slice(*lines)
     kernels.resample(
-        _flat(source),
+        flat(source),
         corner,
         (taps[0].first[x], taps[0].weights[x]),
         (taps[1].first[y], taps[1].weights[y]),
-        _flat(target),
+        flat(target),
         (columns[0], lines[0]),
     )
 
@@ -178,30 +178,7 @@ def resample_columns(
     filled = np.empty((len(y.first), len(columns), 3), np.uint8)
     everything = (0, len(columns)), (0, len(y.first))
     resample_part(source, corner, (taps[0], y), *everything, filled)
-    kernels.scatter(_flat(filled), columns, _flat(target), lines[0])
-
-
-def keep_edges(
-    pixels: NDArray[np.uint8],
-    place: tuple[int, int],
-    tile_size: tuple[int, int],
-    margin: int,
-    below: NDArray[np.uint8],
-    beside: NDArray[np.uint8],
-) -> None:
-    """Copy what a tile has near the edges of a lattice of tiles.
-
-    Args:
-        pixels: ``(h, w, 3)`` of the tile.
-        place: ``(x, y)`` of its corner on the lattice.
-        tile_size: width and height of the cells of the lattice.
-        margin: how far from an edge is near.
-        below: ``(rows, 2 margin, W, 3)``, the pixels around the lower edge of each row of cells.
-        beside: ``(H, edges 2 margin, 3)``, those around the edges between columns of cells.
-    """
-    rows, around, width, _ = below.shape
-    flat = below.reshape(rows, around, 3 * width)
-    kernels.keep_edges(_flat(pixels), place, tile_size, margin, flat, _flat(beside))
+    kernels.scatter(flat(filled), columns, flat(target), lines[0])
 
 
 def whiten_around(
@@ -213,7 +190,7 @@ def whiten_around(
     target[lines[0] : lines[1], columns[1] :] = 255
 
 
-def _flat(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def flat(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """View ``(h, w, 3)`` as ``(h, 3 w)``, which the compiler can vectorise."""
     return pixels.reshape(pixels.shape[0], pixels.shape[1] * 3)
 
