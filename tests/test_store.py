@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -399,3 +400,33 @@ def test_pyramids_of_a_store_that_was_gone_on_with(tmp_path_factory, width, heig
     for scale in ("2x", "4x"):
         expected = halved(expected)
         np.testing.assert_array_equal(sealed[f"cells/prob_{scale}"][:], expected)
+
+
+@pytest.mark.parametrize("kept", [0, 300, 1 << 24], ids=["nothing kept", "little", "all"])
+@pytest.mark.parametrize("stride", [1, 16], ids=["even chunks", "odd chunks"])
+def test_pyramids_do_not_depend_on_what_was_kept_in_memory(tmp_path, monkeypatch, stride, kept):
+    """Chunks of 17 x 17 pixels have means across their edges."""
+    monkeypatch.setattr("wsi_pipeline.pyramid.KEPT_BYTES", kept)
+    monkeypatch.setattr("wsi_pipeline.pyramid.COARSEST_PX", 40)
+    side = 272
+    grid = PixelGrid(origin=(0.0, 0.0), spacing=(1.0, 1.0), size=(5 * side - 40, 3 * side - 90))
+    tiles = TileGrid.cover(grid, tile_px=side, halo_px=0, wanted=lambda box: box.x != side)
+    head = replace(SPEC.heads[0], stride=stride)
+    spec = ModelSpec(name="t", architecture="none", mpp=0.5, halo_px=0, options={}, heads=(head,))
+    store = PredictionStore.create(
+        tmp_path / "a.zarr", spec=spec, tiles=tiles, pixel_size=(0.5, 0.5), made={}
+    )
+    width, height = grid.coarsen(stride).size
+    pixels = np.random.default_rng(0).integers(0, 256, (2, height, width), np.uint8)
+    expected = np.zeros_like(pixels)
+    for tile in reversed(tiles.tiles):
+        part = (..., *tile.write.coarsen(stride).slices)
+        expected[part] = pixels[part]
+        store.write(PredictionBlock(tile=tile, arrays={"cells/prob": pixels[part]}))
+    sealed = zarr.open_group(store.seal().path, mode="r")
+    levels = [name for name in sealed["cells"] if name.startswith("prob_")]
+    assert len(levels) >= 1
+    for scale in range(1, len(levels) + 1):
+        expected = halved(expected)
+        np.testing.assert_array_equal(sealed[f"cells/prob_{2**scale}x"][:], expected)
+    assert not any(p._halves or p._halves_bytes for p in store._pyramids.values())

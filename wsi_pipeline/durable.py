@@ -6,13 +6,14 @@ starts with a dot and ends in ``.partial``, and a later run may sweep it away.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,6 +29,7 @@ __all__ = [
     "partial_path",
     "publish_directory",
     "remove_tree",
+    "start_writing",
     "sweep",
     "sweep_shared",
     "sync",
@@ -38,6 +40,8 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Numbers of the errors "no space left" and "quota exceeded"."""
 ABANDONED_S = 3600.0
 """No process writes a small file for so long."""
+_WRITE = 2
+"""Of ``sync_file_range`` in Linux' fs.h."""
 
 
 def partial_path(path: Path) -> Path:
@@ -125,10 +129,29 @@ def publish_directory(beside: Path, path: Path) -> None:
 
 def sync_tree(root: Path) -> None:
     """Flush every file and folder below ``root`` to the disk."""
-    for folder, _, files in os.walk(root):
+    tree = [(Path(folder), files) for folder, _, files in os.walk(root)]
+    start_writing(folder / name for folder, files in tree for name in files)
+    for folder, files in tree:
         for name in files:
-            sync(Path(folder) / name)
-        sync(Path(folder))
+            sync(folder / name)
+        sync(folder)
+
+
+def start_writing(paths: Iterable[Path]) -> None:
+    """Let the disk begin with files that are about to be synced, where the system can (Linux).
+
+    They are synced in a fraction of the time then: else each waits for a commit of its own.
+    """
+    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if begin is None:
+        return
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            # An error stays with the file, and the sync tells of it.
+            begin(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_WRITE))
+        finally:
+            os.close(descriptor)
 
 
 def remove_tree(path: Path) -> None:
