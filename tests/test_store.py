@@ -13,7 +13,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wsi_pipeline import chunks as chunks_module
+from wsi_pipeline import durable
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.errors import DiskFullError, FolderGoneError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
@@ -290,8 +290,8 @@ def test_a_block_is_on_the_disk_before_it_is_marked(tmp_path, monkeypatch):
     """A power cut may take whatever was not synced, but never the pixels of a marked block."""
     store, tiles = make(tmp_path / "a.zarr")
     events = []
-    real, mark = chunks_module.sync, store._mark
-    monkeypatch.setattr(chunks_module, "sync", lambda path: (events.append(path), real(path)))
+    real, mark = durable.sync, store._mark
+    monkeypatch.setattr(durable, "sync", lambda path: (events.append(path), real(path)))
     monkeypatch.setattr(store, "_mark", lambda *how: (events.append("mark"), mark(*how)))
     store.write(block(store, tiles.tiles[0]))
     files = [p for p in store.path.rglob("c/**/*") if p.is_file() and "blocks" not in p.parts]
