@@ -12,6 +12,8 @@ from wsi_pipeline.durable import (
     remove_tree,
     sweep,
     sweep_shared,
+    sync_all,
+    sync_tree,
 )
 from wsi_pipeline.errors import DiskFullError
 
@@ -120,3 +122,25 @@ def test_of_a_shared_file_only_what_ended_processes_left_goes(tmp_path):
     sweep_shared(tmp_path / "run.json")
     assert sorted(os.listdir(tmp_path)) == sorted(keep)
     sweep_shared(tmp_path / "absent" / "run.json")
+
+
+def test_every_file_is_synced_before_any_folder(tmp_path, monkeypatch):
+    files = [tmp_path / "a" / "b" / f"{n}" for n in range(20)] + [tmp_path / "a" / "c"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    synced = []
+    monkeypatch.setattr("wsi_pipeline.durable.sync", synced.append)
+    sync_tree(tmp_path / "a")
+    assert sorted(synced[: len(files)]) == sorted(files)
+    assert sorted(synced[len(files) :]) == [tmp_path / "a", tmp_path / "a" / "b"]
+
+
+def test_an_error_of_one_sync_is_told(tmp_path, monkeypatch):
+    def fail(path):
+        if path.name == "3":
+            raise OSError(errno.EIO, "bad sector")
+
+    monkeypatch.setattr("wsi_pipeline.durable.sync", fail)
+    with pytest.raises(OSError, match="bad sector"):
+        sync_all([tmp_path / str(n) for n in range(9)])

@@ -191,12 +191,18 @@ def test_no_boxes_give_no_windows(path):
         assert list(slide.read_windows(slide.working_grid(0.5), [], threads=1)) == []
 
 
-def test_memory_is_two_bands_however_tall_the_slide_is(path, monkeypatch):
-    from wsi_pipeline.slide import bands
+@pytest.fixture
+def sizes(monkeypatch):
+    """Pixels of the bands that are made from now on."""
+    from wsi_pipeline.slide import painting
 
     sizes = []
-    original = bands._pair
-    monkeypatch.setattr(bands, "_pair", lambda pixels: sizes.append(pixels) or original(pixels))
+    original = painting._pair
+    monkeypatch.setattr(painting, "_pair", lambda pixels: sizes.append(pixels) or original(pixels))
+    return sizes
+
+
+def test_memory_is_two_bands_however_tall_the_slide_is(path, sizes):
     with Slide.open(path) as slide:
         grid = slide.working_grid(0.25)
         slide.read(grid, Box(x=0, y=0, width=100, height=60_000))
@@ -205,17 +211,30 @@ def test_memory_is_two_bands_however_tall_the_slide_is(path, monkeypatch):
             grid, [Box(x=0, y=y, width=64, height=96) for y in range(-50, 9000, 32)], threads=1
         ):
             pass
-    assert sizes[2] <= 64 * (96 + 2 * 64)
+    assert sizes[1] <= 64 * (96 + 2 * 64)
 
 
-def test_memory_is_one_panel_however_wide_the_slide_is(path, monkeypatch):
+def test_a_resampled_band_is_its_windows_and_the_lines_that_tiles_complete(path, sizes):
+    with Slide.open(path) as slide:
+        grid = slide.working_grid(0.37)
+        boxes = [Box(x=0, y=y, width=64, height=96) for y in range(-50, 9000, 32)]
+        for _ in slide.read_windows(grid, boxes, threads=1):
+            pass
+        assert sizes == [64 * (96 + 64 * 25 // 37 + 2)]
+        assert 2 * 3 * sizes[0] < slide.band_bytes(grid, (64, 96)) < 2 * 3 * 1.6 * sizes[0]
+
+
+def test_nothing_is_made_below_the_last_window(path, sizes):
+    with Slide.open(path) as slide:
+        slide.read(slide.working_grid(0.37), Box(x=3, y=5, width=70, height=10))
+    assert sizes == [70 * 10]
+
+
+def test_memory_is_one_panel_however_wide_the_slide_is(path, sizes, monkeypatch):
     """Panels one row of tiles high begin at the same height, and are still panels."""
-    from wsi_pipeline.slide import bands
+    from wsi_pipeline.slide import rows
 
-    sizes = []
-    original = bands._pair
-    monkeypatch.setattr(bands, "_pair", lambda pixels: sizes.append(pixels) or original(pixels))
-    monkeypatch.setattr(bands, "_PANEL_PX", 128)
+    monkeypatch.setattr(rows, "_PANEL_PX", 128)
     with Slide.open(path) as slide:
         grid = slide.working_grid(0.25)
         boxes = [Box(x=x, y=0, width=64, height=64) for x in range(0, 9000, 48)]

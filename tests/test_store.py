@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wsi_pipeline import chunks as chunks_module
+from wsi_pipeline import durable
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.errors import DiskFullError, FolderGoneError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
@@ -289,8 +290,8 @@ def test_a_block_is_on_the_disk_before_it_is_marked(tmp_path, monkeypatch):
     """A power cut may take whatever was not synced, but never the pixels of a marked block."""
     store, tiles = make(tmp_path / "a.zarr")
     events = []
-    real, mark = chunks_module.sync, store._mark
-    monkeypatch.setattr(chunks_module, "sync", lambda path: (events.append(path), real(path)))
+    real, mark = durable.sync, store._mark
+    monkeypatch.setattr(durable, "sync", lambda path: (events.append(path), real(path)))
     monkeypatch.setattr(store, "_mark", lambda *how: (events.append("mark"), mark(*how)))
     store.write(block(store, tiles.tiles[0]))
     files = [p for p in store.path.rglob("c/**/*") if p.is_file() and "blocks" not in p.parts]
@@ -399,3 +400,33 @@ def test_pyramids_of_a_store_that_was_gone_on_with(tmp_path_factory, width, heig
     for scale in ("2x", "4x"):
         expected = halved(expected)
         np.testing.assert_array_equal(sealed[f"cells/prob_{scale}"][:], expected)
+
+
+@pytest.mark.parametrize("kept", [0, 300, 1 << 24], ids=["nothing kept", "little", "all"])
+@pytest.mark.parametrize("stride", [1, 16], ids=["even chunks", "odd chunks"])
+def test_pyramids_do_not_depend_on_what_was_kept_in_memory(tmp_path, monkeypatch, stride, kept):
+    """Chunks of 17 x 17 pixels have means across their edges."""
+    monkeypatch.setattr("wsi_pipeline.pyramid.KEPT_BYTES", kept)
+    monkeypatch.setattr("wsi_pipeline.pyramid.COARSEST_PX", 40)
+    side = 272
+    grid = PixelGrid(origin=(0.0, 0.0), spacing=(1.0, 1.0), size=(5 * side - 40, 3 * side - 90))
+    tiles = TileGrid.cover(grid, tile_px=side, halo_px=0, wanted=lambda box: box.x != side)
+    head = replace(SPEC.heads[0], stride=stride)
+    spec = ModelSpec(name="t", architecture="none", mpp=0.5, halo_px=0, options={}, heads=(head,))
+    store = PredictionStore.create(
+        tmp_path / "a.zarr", spec=spec, tiles=tiles, pixel_size=(0.5, 0.5), made={}
+    )
+    width, height = grid.coarsen(stride).size
+    pixels = np.random.default_rng(0).integers(0, 256, (2, height, width), np.uint8)
+    expected = np.zeros_like(pixels)
+    for tile in reversed(tiles.tiles):
+        part = (..., *tile.write.coarsen(stride).slices)
+        expected[part] = pixels[part]
+        store.write(PredictionBlock(tile=tile, arrays={"cells/prob": pixels[part]}))
+    sealed = zarr.open_group(store.seal().path, mode="r")
+    levels = [name for name in sealed["cells"] if name.startswith("prob_")]
+    assert len(levels) >= 1
+    for scale in range(1, len(levels) + 1):
+        expected = halved(expected)
+        np.testing.assert_array_equal(sealed[f"cells/prob_{2**scale}x"][:], expected)
+    assert not any(p._halves or p._halves_bytes for p in store._pyramids.values())

@@ -17,7 +17,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from wsi_pipeline.durable import sync
+from wsi_pipeline.durable import sync_all
 from wsi_pipeline.errors import StoreError
 
 __all__ = ["ZSTD_LEVEL", "ChunkFiles", "compress", "sync_chunks"]
@@ -135,10 +135,8 @@ class ChunkFiles:
 
 def sync_chunks(paths: list[Path]) -> None:
     """Flush chunks, and their names, to the disk."""
-    for path in paths:
-        sync(path)
-    for folder in dict.fromkeys(path.parent for path in paths):
-        sync(folder)
+    sync_all(paths)
+    sync_all(list(dict.fromkeys(path.parent for path in paths)))
 
 
 def _zstd_size(frame: bytes) -> int | None:

@@ -12,7 +12,8 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,6 +32,7 @@ __all__ = [
     "sweep",
     "sweep_shared",
     "sync",
+    "sync_all",
     "sync_tree",
 ]
 
@@ -38,6 +40,8 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Numbers of the errors "no space left" and "quota exceeded"."""
 ABANDONED_S = 3600.0
 """No process writes a small file for so long."""
+_SYNCS = 8
+"""Files that wait for the disk together."""
 
 
 def partial_path(path: Path) -> Path:
@@ -125,10 +129,23 @@ def publish_directory(beside: Path, path: Path) -> None:
 
 def sync_tree(root: Path) -> None:
     """Flush every file and folder below ``root`` to the disk."""
-    for folder, _, files in os.walk(root):
-        for name in files:
-            sync(Path(folder) / name)
-        sync(Path(folder))
+    tree = [(Path(folder), files) for folder, _, files in os.walk(root)]
+    sync_all([folder / name for folder, files in tree for name in files])
+    sync_all([folder for folder, _ in tree])
+
+
+def sync_all(paths: Sequence[Path]) -> None:
+    """Flush files, or the names in folders, to the disk, all at once.
+
+    One commit of the file system's journal then serves many: one after the other, each waits
+    for its own, which takes ten times as long where other programs write, too.
+    """
+    if len(paths) == 1:
+        sync(paths[0])
+    elif paths:
+        with ThreadPoolExecutor(min(_SYNCS, len(paths)), thread_name_prefix="sync") as pool:
+            for _ in pool.map(sync, paths):
+                pass
 
 
 def remove_tree(path: Path) -> None:

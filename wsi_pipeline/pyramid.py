@@ -33,6 +33,9 @@ __all__ = ["Pyramid"]
 COARSEST_PX = 512
 """A pyramid stops when its longer side is at most this."""
 
+KEPT_BYTES = 16 << 20
+"""Of halved chunks that a pyramid keeps until their neighbours are there; others are read again."""
+
 Pixels = NDArray[np.uint8]
 
 
@@ -69,6 +72,10 @@ class Pyramid:
         self._waits = [np.zeros(grid, np.int64) for grid in grids]
         self._made = [np.zeros(grid, np.bool_) for grid in grids]
         self._lock = threading.Lock()
+        self._halves: dict[tuple[int, int, int], Pixels] = {}
+        """By level, row and column: of chunks that are written, for those above them."""
+        self._halves_bytes = 0
+        self._even = all(side % 2 == 0 for side in self.levels[0].chunks[-2:])
 
     def expect(self, written: Sequence[Box], missing: Sequence[Box]) -> None:
         """Note all blocks of the map; the others stay empty.
@@ -88,11 +95,18 @@ class Pyramid:
             below = self._waits[0] if level == 1 else self._filled[level - 1]
             self._waits[level] = (_fours(below) > 0).sum(axis=0)
 
-    def update(self, box: Box) -> None:
-        """Make the coarser chunks that wait for nothing but this block, which is written."""
-        rows, columns = self._chunks(box)
+    def update(self, box: Box, pixels: Pixels) -> None:
+        """Make the coarser chunks that wait for nothing but this block.
+
+        Args:
+            box: where it is on the map.
+            pixels: what was written there.
+        """
+        (high, wide), (rows, columns) = self.levels[0].chunks[-2:], self._chunks(box)
         for row in range(rows.start, rows.stop):
             for column in range(columns.start, columns.stop):
+                y, x = row * high - box.y, column * wide - box.x
+                self._keep(0, row, column, pixels[..., y : y + high, x : x + wide])
                 self._climb(row, column)
 
     def finish(self) -> list[zarr.Array[Any]]:
@@ -113,20 +127,65 @@ class Pyramid:
             self._make(level, row, column)
 
     def _make(self, level: int, row: int, column: int) -> None:
-        finer, coarse = self._files[level - 1], self._files[level]
+        coarse = self._files[level]
+        if self._even:
+            pixels = self._of_halves(level, row, column)
+        else:
+            pixels = self._halve(self._joined(level, row, column))
+        coarse.write(row, column, pixels)
+        self._keep(level, row, column, pixels)
+        self._made[level][row, column] = True
+
+    def _of_halves(self, level: int, row: int, column: int) -> Pixels:
+        coarse = self._files[level]
         (high, wide), (height, width) = coarse.chunks[-2:], coarse.shape[-2:]
-        box = Box(x=column * wide, y=row * high, width=wide, height=high)
-        box = box.intersect(Box(x=0, y=0, width=width, height=height)).refine(2)
-        # Odd sides of the finer level end within the last pixel of the coarse one.
-        box = box.intersect(Box(x=0, y=0, width=finer.shape[-1], height=finer.shape[-2]))
+        size = min(high, height - row * high), min(wide, width - column * wide)
+        pixels = np.zeros((*coarse.shape[:-2], *size), np.uint8)
+        for down, along in np.ndindex(2, 2):
+            half = self._half(level - 1, 2 * row + down, 2 * column + along)
+            if half is not None:
+                y, x = down * high // 2, along * wide // 2
+                pixels[..., y : y + half.shape[-2], x : x + half.shape[-1]] = half
+        return pixels
+
+    def _joined(self, level: int, row: int, column: int) -> Pixels:
+        """Return the four chunks below one: of odd sides, so that cells lie across them."""
+        finer, coarse = self._files[level - 1], self._files[level]
+        (high, wide), (height, width) = coarse.chunks[-2:], finer.shape[-2:]
+        box = Box(x=2 * column * wide, y=2 * row * high, width=2 * wide, height=2 * high)
+        box = box.intersect(Box(x=0, y=0, width=width, height=height))
         pixels = np.zeros((*finer.shape[:-2], box.height, box.width), np.uint8)
         for down, along in np.ndindex(2, 2):
             chunk = finer.read(2 * row + down, 2 * column + along)
             if chunk is not None:
                 y, x = down * high, along * wide
                 pixels[..., y : y + chunk.shape[-2], x : x + chunk.shape[-1]] = chunk
-        coarse.write(row, column, self._halve(pixels))
-        self._made[level][row, column] = True
+        return pixels
+
+    def _keep(self, level: int, row: int, column: int, pixels: Pixels) -> None:
+        """Halve a chunk that was just written, for the coarser one, as long as there is room."""
+        if level + 1 == len(self.levels) or not self._even:
+            return
+        half = self._halve(pixels)
+        with self._lock:
+            self._forget(level, row, column)
+            if self._halves_bytes + half.nbytes <= KEPT_BYTES:
+                self._halves_bytes += half.nbytes
+                self._halves[level, row, column] = half
+
+    def _forget(self, level: int, row: int, column: int) -> Pixels | None:
+        half = self._halves.pop((level, row, column), None)
+        self._halves_bytes -= 0 if half is None else half.nbytes
+        return half
+
+    def _half(self, level: int, row: int, column: int) -> Pixels | None:
+        """Return a chunk halved, as it was kept or from its file; None where it has none."""
+        with self._lock:
+            half = self._forget(level, row, column)
+        if half is None:
+            chunk = self._files[level].read(row, column)
+            half = None if chunk is None else self._halve(chunk)
+        return half
 
     def _chunks(self, box: Box) -> tuple[slice, slice]:
         high, wide = self.levels[0].chunks[-2:]

@@ -226,7 +226,8 @@ class PredictionStore:
             sync_chunks(written)
             self._mark(block.tile, readable)
             for key, pyramid in self._pyramids.items():
-                pyramid.update(block.tile.write.coarsen(self._maps[key].stride))
+                box = block.tile.write.coarsen(self._maps[key].stride)
+                pyramid.update(box, block.arrays[key])
 
     def _mark(self, tile: Tile, readable: float) -> None:
         row = tile.row

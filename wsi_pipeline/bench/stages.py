@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,7 @@ from wsi_pipeline.tissue import detect_tissue
 __all__ = ["HeldWindows", "network_bytes", "stages_of"]
 
 Pixels = NDArray[np.uint8]
+Thing = TypeVar("Thing")
 
 HELD_BYTES = 512 << 20
 """Windows in memory for the network; the tiles of a larger slide see them again."""
@@ -187,9 +189,9 @@ def _maps(subject: Subject) -> Stage:
                 pixel_size=subject.pixel_size,
                 made={"by": "bench"},
             )
-        for block in _blocks(subject):
+        for group in _groups(_blocks(subject), _block_bytes):
             with watch.running():
-                store.write(block)
+                in_threads(store.write, group, available_cpus())
         with watch.running():
             store.seal()
         remove_tree(folder)
@@ -216,7 +218,7 @@ def _raw_writes(subject: Subject, clock: Clock) -> Limit:
     beside.mkdir()
     watch = Stopwatch(clock)
     count = 0
-    for group in _groups(subject.maps.stored_chunks()):
+    for group in _groups(subject.maps.stored_chunks(), _bytes):
         files = [(beside / str(count + number), chunk) for number, chunk in enumerate(group)]
         count += len(files)
         with watch.running():
@@ -249,7 +251,7 @@ def _objects(subject: Subject) -> Stage:
 def _bare_scan(subject: Subject, clock: Clock) -> Limit:
     """List the runs above a half in the first channel of each head that yields objects."""
     watch = Stopwatch(clock)
-    for group in _groups(_object_maps(subject)):
+    for group in _groups(_object_maps(subject), _bytes):
         with watch.running():
             in_threads(_scan, group, subject.workers)
     return Limit(name="one scan of the maps", seconds=watch.seconds)
@@ -266,13 +268,21 @@ def _scan(pixels: Pixels) -> None:
     find_runs((pixels >= HALF).view(np.uint8))
 
 
-def _groups(arrays: Iterator[Pixels]) -> Iterator[list[Pixels]]:
-    """Gather arrays until they fill the memory that a group may have."""
-    group: list[Pixels] = []
-    for array in arrays:
-        group.append(array)
-        if sum(held.nbytes for held in group) >= GROUP_BYTES:
+def _groups(things: Iterator[Thing], size: Callable[[Thing], int]) -> Iterator[list[Thing]]:
+    """Gather things until they fill the memory that a group may have."""
+    group: list[Thing] = []
+    for thing in things:
+        group.append(thing)
+        if sum(map(size, group)) >= GROUP_BYTES:
             yield group
             group = []
     if group:
         yield group
+
+
+def _bytes(pixels: Pixels) -> int:
+    return pixels.nbytes
+
+
+def _block_bytes(block: PredictionBlock) -> int:
+    return sum(map(_bytes, block.arrays.values()))

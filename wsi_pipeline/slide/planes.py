@@ -70,15 +70,15 @@ class Sampling:
         )
         return shift if is_same else None
 
-    def taps(self, box: Box) -> tuple[AxisTaps, AxisTaps]:
-        """Return the taps of a grid box in x and y."""
-        edges = (box.x, box.x1), (box.y, box.y1)
-        x, y = (
-            axis_taps(*edges[axis], scale=self.scale[axis], offset=self.offset[axis],
-                      size=self.plane.raster.size[axis])
-            for axis in (0, 1)
-        )  # fmt: skip
-        return x, y
+    def axis_taps(self, axis: int, start: int, stop: int) -> AxisTaps:
+        """Return the taps of a range of grid pixels in x (0) or y (1)."""
+        return axis_taps(
+            start,
+            stop,
+            scale=self.scale[axis],
+            offset=self.offset[axis],
+            size=self.plane.raster.size[axis],
+        )
 
     def source(self, box: Box) -> Box:
         """Return the pixels of the plane that a grid box needs, all inside the plane."""

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.errors import ImplausiblePixelSizeError, SlideError
 from wsi_pipeline.geometry import Box, PixelGrid
-from wsi_pipeline.slide.bands import band_bytes, decode_once, read_bands
+from wsi_pipeline.slide.bands import decode_once, read_bands
 from wsi_pipeline.slide.directory import MAX_SIDE_PX
 from wsi_pipeline.slide.opening import open_reader
+from wsi_pipeline.slide.painting import painting_bytes
 from wsi_pipeline.slide.pixel_size import (
     PixelSize,
     find_pixel_size,
@@ -261,7 +262,7 @@ class Slide:
             size: width and height that they span together, in its pixels.
         """
         sampling = sampling_for(grid, self._reader.levels, self._downsamples)
-        return band_bytes(sampling, Box(x=0, y=0, width=size[0], height=size[1]))
+        return painting_bytes(sampling, Box(x=0, y=0, width=size[0], height=size[1]))
 
     def thumbnail(self, mpp: float) -> tuple[NDArray[np.uint8], PixelGrid]:
         """Read the whole slide at a coarse pixel size, cheaply.

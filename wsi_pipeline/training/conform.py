@@ -211,7 +211,7 @@ def _resampled_pixels(
     first = taps[0].span[0], taps[1].span[0]
     stop = taps[0].span[1], taps[1].span[1]
     part = np.ascontiguousarray(pixels[first[1] : stop[1], first[0] : stop[0]])
-    resample(part, first, taps, target, 0)
+    resample(part, first, taps, target)
     return target
 
 
