@@ -259,7 +259,7 @@ def run(
             ``cuda:0,cuda:2`` runs a process on each of these GPUs, and divides ``memory`` and the
             threads that are ``auto`` among them.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``; on a CPU also ``int8``, which takes
-            about half of bf16's time and changes the outlines of some nuclei.
+            about half of bf16's time and changes some nuclei (see ``docs/speed.md``).
         batch_size: tiles the network sees at a time.
         tile_size: side of a tile in pixels of the model's mpp, a multiple of 16.
         workers: threads that read the slide, and that extract objects.
