@@ -39,7 +39,7 @@ EXTRACTION = 270 * MIB
 EXTRACTOR = 60 * MIB
 """A thread that turns windows of maps into objects."""
 CANVASES = 192 * MIB
-"""At most for the canvases that the slide is decoded into; see ``Slide.band_bytes``."""
+"""At most for the bands that the slide is decoded into; see ``Slide.band_bytes``."""
 SMALL_CANVASES = 64 * MIB
 BATCHES = 4
 """Batches of pixels at once: being filled, two waiting, with the network."""
