@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-STAGES = ("read", "maps")
+STAGES = ("read", "maps", "objects")
 HERE = Path(__file__).resolve().parent.parent
 CLOCKS = {"wall_s": time.perf_counter, "cpu_s": time.process_time}
 

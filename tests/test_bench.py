@@ -273,6 +273,7 @@ def test_the_document_holds_every_stage_and_the_whole(result):
     assert 0 < whole["device_busy"] <= 1
     assert whole["mm2_per_s"] == pytest.approx(document["mm2"] / whole["seconds"], rel=1e-3)
     assert document["options"]["tiles"] == 2
+    assert 1 <= document["options"]["flops_redundancy"] <= document["options"]["redundancy"]
     assert document["bottleneck"]["stage"] in (*NAMES, "overlap", "rest")
     assert document["peak_rss_mb"] > 0
     assert document["rates"]["matrix_tflops"] > 0

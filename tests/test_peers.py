@@ -321,7 +321,12 @@ def test_rests_are_those_of_the_colour_network(tmp_path):
     rounds = [{"ours": ours, "original": once}, {"ours": ours}]
     path = tmp_path / "colour.json"
     path.write_text(json.dumps({"rounds": rounds}))
-    assert peers.rests_from(path) == {"ours": 1.0, "ours-bf16": 1.0, "original": 7.0}
+    assert peers.rests_from(path) == {
+        "ours": 1.0,
+        "ours-bf16": 1.0,
+        "ours-int8": 1.0,
+        "original": 7.0,
+    }
     assert peers.rests_from(None) == {}
 
 

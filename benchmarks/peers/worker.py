@@ -22,7 +22,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="folder for what the tool writes")
     made.add_argument("--result", type=Path, required=True, help="JSON: what it took")
     made.add_argument("--network", choices=NETWORKS, default="colour")
-    made.add_argument("--precision", default="fp32", help="ours only: fp32, bf16 or auto")
+    made.add_argument("--precision", default="fp32", help="ours only: fp32, bf16, int8 or auto")
     made.add_argument("--limit", type=int, help="stop after so many patches or tiles")
     made.add_argument("--threads", type=int, help="of torch; default: by network")
     made.add_argument("--crop-first", action="store_true", help="crop before the softmax")

@@ -76,6 +76,8 @@ def _facts(subject: Subject, options: BenchOptions, clock: Clock) -> dict[str, d
     slide, tiles, predictor = subject.slide, subject.tiles, subject.predictor
     read = sum(tile.read.area for tile in tiles.tiles)
     rate = matrix_rate(predictor.device, predictor.precision, clock=clock)
+    done = dense_flops(predictor.spec, tiles.read_px, margin_px=predictor.margin_px)
+    wanted = dense_flops(predictor.spec, tiles.tile_px)
     return {
         "machine": {
             "device": describe_device(predictor.device),
@@ -104,6 +106,7 @@ def _facts(subject: Subject, options: BenchOptions, clock: Clock) -> dict[str, d
             "tile_px": tiles.tile_px,
             "halo_px": tiles.halo_px,
             "redundancy": read / (subject.mpx * 1e6),
+            "flops_redundancy": done / wanted if wanted else 1.0,
             "batch_size": predictor.batch_size,
             "decode_threads": predictor.workers,
             "object_threads": subject.workers,
