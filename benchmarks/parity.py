@@ -1,7 +1,7 @@
 """Do the answers depend on how they are computed? Tile sizes and precisions on one slide.
 
     python -m benchmarks.parity SLIDE [--model cerberus-lite] [--tiles 512 1024 2048 4096]
-        [--precisions fp32 bf16] [--size 1024] [--json FILE]
+        [--precisions fp32 bf16] [--size 1024] [--mpp 0.5] [--json FILE]
 
 The slide is run in float32 at every tile size, and in every other precision at ``--size``. Compared
 with float32 at that size: by map the share of its predicted values that differ by more than 1/255,
@@ -76,21 +76,34 @@ def compare_objects(table: Path, reference: Path) -> dict[str, dict[str, float]]
     return result
 
 
-def run(slide: Path, out: Path, model: str, precision: str, tile: int) -> Path:
+def run(
+    slide: Path, out: Path, model: str, precision: str, tile: int, mpp: float | None = None
+) -> Path:
     """Run the slide; return the folder of results."""
     folder = out / f"{precision}-{tile}"
-    (report,) = wsi.run([slide], folder, model=model, precision=precision, tile_size=tile)
+    how = {"precision": precision, "tile_size": tile, "mpp": mpp}
+    (report,) = wsi.run([slide], folder, model=model, **how)
     if not report.done:
         raise SystemExit(f"{folder.name}: {report.reason}")
     return folder
 
 
-def compare(slide: Path, out: Path, model: str, plan: list[tuple[str, int]]) -> dict[str, Any]:
-    """Run all variants; compare each with the first."""
+def compare(
+    slide: Path, out: Path, model: str, plan: list[tuple[str, int]], mpp: float | None = None
+) -> dict[str, Any]:
+    """Run all variants; compare each with the first.
+
+    Args:
+        slide: the slide.
+        out: folder of the results.
+        model: name or folder.
+        plan: see :func:`variants`.
+        mpp: pixel size of a slide that does not say it.
+    """
     result: dict[str, Any] = {}
     reference = None
     for precision, tile in plan:
-        folder = run(slide, out, model, precision, tile)
+        folder = run(slide, out, model, precision, tile, mpp)
         maps, table = folder / "maps" / f"{slide.stem}.zarr", folder / "objects"
         if reference is None:
             reference = maps, table
@@ -110,11 +123,12 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--mpp", type=float, help="of a slide that does not say it")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     plan = variants(args.tiles, args.precisions, args.size)
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(args.slide, Path(folder), args.model, plan)
+        found = compare(args.slide, Path(folder), args.model, plan, args.mpp)
     text = json.dumps({"slide": args.slide.name, "model": args.model, "runs": found}, indent=2)
     print(text)
     if args.json:

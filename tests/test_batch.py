@@ -202,6 +202,22 @@ def test_run_record_grows_with_slides_but_keeps_its_model(folder, tmp_path):
     assert read_run(tmp_path)["model"] == other
 
 
+def test_a_folder_does_not_mix_8_bits_with_other_arithmetic(folder, tmp_path):
+    entries = collect_slides([str(folder)])
+    plain = {"name": "m", "sha256": "a" * 64}
+    coarse = {**plain, "arithmetic": "int8"}
+    how = {"options": {}, "overwrite": False}
+    freeze_run(tmp_path / "plain", entries, model=plain, **how)
+    with pytest.raises(JobError, match=r"holds results of model m \(a{12}\).*a{12}, int8\)"):
+        freeze_run(tmp_path / "plain", entries, model=coarse, **how)
+    freeze_run(tmp_path / "coarse", entries, model=coarse, **how)
+    freeze_run(tmp_path / "coarse", entries, model=coarse, **how)
+    with pytest.raises(JobError, match=r"a{12}, int8\), and this run uses m \(a{12}\)"):
+        freeze_run(tmp_path / "coarse", entries, model=plain, **how)
+    freeze_run(tmp_path / "coarse", entries, model=plain, options={}, overwrite=True)
+    assert "arithmetic" not in read_run(tmp_path / "coarse")["model"]
+
+
 def test_another_model_does_all_slides_again_or_none(folder, tmp_path):
     entries = collect_slides([str(folder)])
     model, other = ({"name": name, "sha256": name * 64} for name in "mn")

@@ -10,6 +10,9 @@ from slide_fixtures import picture, write_slide
 
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.slide import Slide
+from wsi_pipeline.slide.bands import read_bands
+from wsi_pipeline.slide.planes import Plane, Sampling
+from wsi_pipeline.slide.reader import RasterLevel
 from wsi_pipeline.tiling import TileGrid
 
 IMAGE = picture(700, 500)
@@ -241,3 +244,31 @@ def test_memory_is_one_panel_however_wide_the_slide_is(path, sizes, monkeypatch)
         for _ in slide.read_windows(grid, boxes, threads=1):
             pass
     assert max(sizes) <= (128 + 2 * 64) * (64 + 2 * 64)
+
+
+@pytest.mark.parametrize("tile_px", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("scale", [2.5, 3.7, 7.9])
+def test_tiles_lower_than_what_a_pixel_is_made_of(tile_px, scale):
+    width, height = 60, 90
+    image = np.random.default_rng(7).integers(0, 256, (height, width, 3), np.uint8)
+    raster = RasterLevel(size=(width, height), tile_size=(16, tile_px))
+    plane = Plane(level=0, reduction=1, raster=raster, spacing=(1.0, 1.0))
+    sampling = Sampling(plane=plane, scale=(scale, scale), offset=(0.3, 0.7))
+
+    def fetch(_plane, column, row):
+        place = raster.tile_box(column, row).slices
+        return np.ascontiguousarray(image[place])
+
+    side = 5
+    boxes = [
+        Box(x=x - 1, y=y - 1, width=side + 2, height=side + 2)
+        for y in range(0, int(height / scale), side)
+        for x in range(0, int(width / scale), side)
+    ]
+
+    def read(some):
+        windows = read_bands(sampling, some, fetch=fetch, threads=2, stop=lambda: False)
+        return [window.copy() for window in windows]
+
+    for box, window in zip(boxes, read(boxes), strict=True):
+        assert np.array_equal(window, read([box])[0]), box

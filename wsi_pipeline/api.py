@@ -70,13 +70,26 @@ class Plan:
         """Name and SHA-256 of the model, as ``run.json`` has them."""
         return {"name": self.bundle.name, "sha256": self.bundle.digest}
 
-    def check(self, *, overwrite: bool) -> None:
+    def model_in(self, precision: str, only: str | None = None) -> dict[str, str]:
+        """Return the model as ``run.json`` has it for a precision.
+
+        In 8-bit integers it is another one: some of its objects are others. Where only tables
+        are made, it is whatever made the maps.
+        """
+        model = self.model
+        if only == "objects":
+            before = (read_run(self.out) or {"model": {}})["model"]
+            return model | {key: before[key] for key in ("arithmetic",) if key in before}
+        return model | ({"arithmetic": precision} if precision == "int8" else {})
+
+    def check(self, *, overwrite: bool, precision: str = "auto", only: str | None = None) -> None:
         """Refuse what would be refused when the plan is done; writes nothing.
 
         Raises:
             JobError: the results folder belongs to another model.
         """
-        require_model(self.out, self.entries, model=self.model, overwrite=overwrite)
+        model = self.model_in(precision, only)
+        require_model(self.out, self.entries, model=model, overwrite=overwrite)
 
     def shown(self, entry: SlideEntry) -> SlideEntry:
         """Return a slide as it may be written down."""
@@ -199,7 +212,7 @@ def execute(
     if dask is None and len(devices) == 1:
         (options["device"],) = devices
     network = dask is None and len(devices) == 1 and only != "objects"
-    plan, predictor = _begin(plan, options, network=network, overwrite=overwrite)
+    plan, predictor = _begin(plan, options, network=network, only=only, overwrite=overwrite)
     how: dict[str, Any] = {
         "watcher": watcher or Silent(),
         "stop": stop,
@@ -349,7 +362,7 @@ def _run_on_dask(
 
 
 def _begin(
-    plan: Plan, options: dict[str, Any], *, network: bool, overwrite: bool
+    plan: Plan, options: dict[str, Any], *, network: bool, only: str | None, overwrite: bool
 ) -> tuple[Plan, TorchPredictor | None]:
     """Load the network and put the run on record; the plan has the model that was agreed on."""
     from wsi_pipeline.inference import TorchPredictor
@@ -357,7 +370,7 @@ def _begin(
     redacted = {"redact_paths": True} if plan.redaction.folders else {}
     while True:
         predictor = TorchPredictor.load(plan.bundle, **options) if network else None
-        model = plan.model
+        model = plan.model_in(options["precision"], only)
         if not plan.bundle.in_zoo and not plan.redaction.folders:
             model["folder"] = str(plan.bundle.path.absolute())
         try:

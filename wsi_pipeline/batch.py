@@ -161,7 +161,8 @@ def freeze_run(
     Args:
         out: the results folder.
         entries: the slides of this call, those of other shards included.
-        model: ``name``, ``sha256``, and ``folder`` if it is not in the zoo.
+        model: ``name``, ``sha256``, ``folder`` if it is not in the zoo, and ``arithmetic`` where
+            that is so coarse (``int8``) that it makes another model of it.
         options: how it is run; they are noted, not compared.
         overwrite: the slides are done again, by whatever model.
         redaction: takes the folders out of what is noted.
@@ -235,12 +236,13 @@ def _require_all_again(
     overwrite: bool,
 ) -> None:
     """Refuse to do only some of a folder's slides again, by another model than the others."""
-    if before is None or before["model"]["sha256"] == model["sha256"]:
+    if before is None or all(
+        before["model"].get(key) == model.get(key) for key in ("sha256", "arithmetic")
+    ):
         return
-    there = before["model"]
     said = (
-        f"{out} holds results of model {there['name']} ({there['sha256'][:12]}), and this run "
-        f"uses {model['name']} ({model['sha256'][:12]}). "
+        f"{out} holds results of model {_full_name(before['model'])}, and this run uses "
+        f"{_full_name(model)}. "
     )
     if not overwrite:
         raise JobError(f"{said}Use another --out, or --overwrite to do its slides again.")
@@ -254,6 +256,11 @@ def _require_all_again(
             "Name them too, so that all are done again, or use another --out."
         )
         raise JobError(msg)
+
+
+def _full_name(model: Mapping[str, str]) -> str:
+    arithmetic = f", {model['arithmetic']}" if "arithmetic" in model else ""
+    return f"{model['name']} ({model['sha256'][:12]}{arithmetic})"
 
 
 def _require_file_name(entry: SlideEntry) -> None:

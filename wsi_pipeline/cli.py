@@ -193,7 +193,7 @@ def run(
             redact_paths=redact_paths,
         )
         if dry_run:
-            plan.check(overwrite=how["overwrite"])
+            plan.check(overwrite=how["overwrite"], precision=how["precision"], only=how["only"])
             _list_plan(plan, shard, json_lines=log_format == "json")
             return
         # What lists and folders name is known only now.

@@ -20,10 +20,15 @@ from wsi_pipeline.store import PredictionBlock, PredictionStore
 from wsi_pipeline.tiling import PANEL_PX, Tile, TileGrid
 from wsi_pipeline.tissue import TissueMask
 
-__all__ = ["Predictor", "fill_store", "lay_tiles", "open_store", "sealed_store"]
+__all__ = ["Predictor", "fill_store", "lay_tiles", "open_store", "sealed_store", "writers_beside"]
 
 WRITERS = 4
 """Threads that compress and write blocks beside a network on another device."""
+
+
+def writers_beside(device: str) -> int:
+    """Return how many threads write blocks while the network runs on a device."""
+    return 1 if device == "cpu" else WRITERS
 
 
 class Predictor(Protocol):
@@ -158,7 +163,7 @@ def fill_store(
         wrote(block.tile)
 
     predicted, total = 0, len(missing.tiles)
-    writers = 1 if predictor.device == "cpu" else WRITERS
+    writers = writers_beside(predictor.device)
     with ThreadPoolExecutor(writers, thread_name_prefix="writer") as pool:
         pending: deque[Future[None]] = deque()
         try:

@@ -88,13 +88,19 @@ class Levels:
         kwargs = dict(kwargs or {})
         if function is torch.cat:
             parts, *axis = args
+            if {(part.scale, part.zero) for part in parts} != {(parts[0].scale, parts[0].zero)}:
+                raise NotImplementedError("maps of several scales are not joined in bytes")
             joined = torch.cat([part.values for part in parts], *axis, **kwargs)
             return replace(parts[0], values=joined)
         if function is functional.interpolate and kwargs.get("scale_factor") == 2:
             (own,) = args
+            if kwargs.get("mode") != "bilinear" or kwargs.get("align_corners"):
+                raise NotImplementedError("bytes are doubled bilinearly, corner on corner, alone")
             return replace(own, values=_doubled(own.values))
         if function is functional.max_pool2d:
             own, kernel = args
+            if kwargs.get("dilation", 1) != 1 or kwargs.get("ceil_mode"):
+                raise NotImplementedError("bytes are pooled without dilation and ceil_mode alone")
             return replace(own, values=_pooled(own.values, kernel, **kwargs))
         return function(*map(_plain, args), **{key: _plain(own) for key, own in kwargs.items()})
 

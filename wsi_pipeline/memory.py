@@ -43,6 +43,8 @@ CANVASES = 192 * MIB
 SMALL_CANVASES = 64 * MIB
 BATCHES = 4
 """Batches of pixels at once: being filled, two waiting, with the network."""
+HALVES = 8 * MIB
+"""Of each map at most: halved chunks that wait for their neighbours in its pyramid."""
 BLOCKS = 4
 """Blocks of maps at once: being made, two waiting, being written."""
 SMALLER_TILES = (768, 512, 256)
@@ -87,6 +89,7 @@ class Demand:
         )
         loading = 8 * self.weights  # the file's, and the network's, in float32
         predicting = BATCHES * sizes.batch_size * window * 3 + sizes.canvas_bytes + BLOCKS * maps
+        predicting += HALVES * len(self.spec.maps)
         extracting = EXTRACTION + sizes.extractors * EXTRACTOR
         if self.in_bytes:
             loading += RANGES

@@ -26,6 +26,7 @@ from wsi_pipeline.chunks import ChunkFiles
 from wsi_pipeline.compiled import compiled
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.machine import available_cpus
+from wsi_pipeline.memory import HALVES
 from wsi_pipeline.ome import create_array, oddity
 
 __all__ = ["Pyramid"]
@@ -33,8 +34,9 @@ __all__ = ["Pyramid"]
 COARSEST_PX = 512
 """A pyramid stops when its longer side is at most this."""
 
-KEPT_BYTES = 16 << 20
-"""Of halved chunks that a pyramid keeps until their neighbours are there; others are read again."""
+KEPT_BYTES = HALVES
+"""Of halved chunks that the pyramid of a map keeps until their neighbours are there; others are
+read again."""
 
 Pixels = NDArray[np.uint8]
 
@@ -207,7 +209,7 @@ def _fours(grid: NDArray[Any]) -> NDArray[Any]:
 
 
 def _first_of_cells(pixels: Pixels) -> Pixels:
-    return pixels[..., ::2, ::2]
+    return np.ascontiguousarray(pixels[..., ::2, ::2])  # a view would keep all of them alive
 
 
 def _mean_of_cells(pixels: Pixels) -> Pixels:

@@ -33,10 +33,10 @@ from wsi_pipeline.bench.subject import Subject
 from wsi_pipeline.bench.timing import Clock, Limit, Stage, Stopwatch, in_threads
 from wsi_pipeline.chunks import compress
 from wsi_pipeline.durable import publish_directory, remove_tree
+from wsi_pipeline.filling import writers_beside
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.instances import extract_objects
 from wsi_pipeline.instances.kernels import find_runs
-from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.pipeline import TISSUE_MPP
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.store import PredictionBlock, PredictionStore
@@ -191,7 +191,7 @@ def _maps(subject: Subject) -> Stage:
             )
         for group in _groups(_blocks(subject), _block_bytes):
             with watch.running():
-                in_threads(store.write, group, available_cpus())
+                in_threads(store.write, group, writers_beside(subject.predictor.device))
         with watch.running():
             store.seal()
         remove_tree(folder)
@@ -222,7 +222,7 @@ def _raw_writes(subject: Subject, clock: Clock) -> Limit:
         files = [(beside / str(count + number), chunk) for number, chunk in enumerate(group)]
         count += len(files)
         with watch.running():
-            in_threads(_write_compressed, files, available_cpus())
+            in_threads(_write_compressed, files, writers_beside(subject.predictor.device))
     with watch.running():
         publish_directory(beside, final)
     remove_tree(final)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -23,6 +23,8 @@ UNITY = 2048
 _SHIFT = 22
 """Bits of those of both axes."""
 _HALF = UNITY * UNITY // 2
+_IS_COMPILED = not getattr(config, "DISABLE_JIT", 0)
+"""Instructions of the processor can only be written into compiled loops."""
 Code = Any
 """Types, values and instructions of the compiler, which has no types for them."""
 
@@ -175,7 +177,7 @@ def _resample_loops(
     places = (x_first - x_first[0]) * np.int32(3)
     weights = x_weights.reshape(count * taps)
     left, right = 3 * start[0], 3 * (start[0] + count)
-    if taps == 3 and y_weights.shape[1] == 3:
+    if _IS_COMPILED and taps == 3 and y_weights.shape[1] == 3:
         other = np.zeros_like(total)
         for j in range(0, y_first.size, 2):
             k = min(j + 1, y_first.size - 1)

@@ -283,7 +283,9 @@ class _Resampler:
         shared = before.intersect(now)
         height = self._raster.tile_size[1]
         rows = range(shared.y // height, shared.y1 // height)
-        if not rows:
+        # Where tiles are lower than the margin, edges above shared rows look beyond these, into
+        # tiles that the previous band did not have: nothing is shared then.
+        if not rows or self._margin > height:
             return
         band.done.update(tile for tile in previous.done if tile[1] in rows)
         first, count = band.corner[1] - previous.corner[1], len(previous.pixels)
@@ -330,8 +332,8 @@ def _lines_a_tile(sampling: Sampling) -> int:
 
 
 def _same_columns(previous: Row, row: Row) -> bool:
-    """Tell whether two rows are of one panel; others share nothing."""
-    return all(
+    """Tell whether two rows are of one panel, the second below the first; others share nothing."""
+    return previous.span.y < row.span.y and all(
         (before.x, before.width) == (now.x, now.width)
         for before, now in ((previous.canvas, row.canvas), (previous.span, row.span))
     )
