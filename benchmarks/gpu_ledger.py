@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 import traceback
@@ -50,6 +49,7 @@ from torch import Tensor, nn
 
 import wsi_pipeline as wsi
 from benchmarks.gpu import differences, make_bundle, matrix_rate
+from benchmarks.step_cost import median_seconds, wait_for
 from wsi_pipeline import blocks
 from wsi_pipeline.bench.rates import dense_flops, memory_rate
 from wsi_pipeline.bundle import ModelBundle, open_bundle
@@ -93,24 +93,6 @@ class Ledger:
             print(f"{name}: {time.monotonic() - begun:.1f} s", self.found[name], flush=True)
         text = json.dumps(self.found, indent=2, default=str)
         (self.folder / "gpu-ledger.json").write_text(text + "\n", encoding="utf-8")
-
-
-def wait(device: str) -> None:
-    """Wait until the device has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(work: Callable[[], object], device: str, times: int) -> float:
-    """Return the median seconds of some work."""
-    taken = []
-    for _ in range(WARM_UP + times):
-        wait(device)
-        begun = time.perf_counter()
-        work()
-        wait(device)
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken[WARM_UP:])
 
 
 def added_by_cudnn(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, then: str | None) -> Tensor:
@@ -186,7 +168,9 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     with ExitStack() as stack, torch.inference_mode():
         predict = variant_of(name, predictor, pixels, stack)
-        seconds = seconds_of(lambda: predict(pixels), device, times) / batch
+        seconds = (
+            median_seconds(lambda: predict(pixels), device, repeats=times, warm_up=WARM_UP) / batch
+        )
         maps = {key: map_[0].cpu().numpy() for key, map_ in predict(pixels).items()}
     result: dict[str, Any] = {
         "seconds_a_tile": seconds,
@@ -234,10 +218,10 @@ def profile(bundle: ModelBundle, device: str, tile: int, batch: int, out: Path) 
     if device.startswith("cuda"):
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     predictor._compute(pixels)
-    wait(device)
+    wait_for(device)
     with torch.profiler.profile(activities=kinds, record_shapes=True) as found:
         predictor._compute(pixels)
-        wait(device)
+        wait_for(device)
     by = "cuda_time_total" if device.startswith("cuda") else "cpu_time_total"
     averages = found.key_averages(group_by_input_shape=True)
     path = out / f"gpu-profile-{tile}.txt"

@@ -9,7 +9,7 @@ import pytest
 import shapely
 
 import wsi_pipeline as wsi
-from benchmarks.accuracy import match
+from benchmarks.parity import panoptic_quality
 from wsi_pipeline.instances import extract_objects
 from wsi_pipeline.store import PredictionStore
 from wsi_pipeline.table import ObjectWriter, read_objects
@@ -64,11 +64,7 @@ def test_objects_agree_between_tile_sizes(results, kind):
         )
         for t in (512, 1024)
     )
-    pairs = match(small, large)
-    common = shapely.area(shapely.intersection(small[pairs[:, 0]], large[pairs[:, 1]]))
-    union = shapely.area(small[pairs[:, 0]]) + shapely.area(large[pairs[:, 1]]) - common
-    quality = (common / union).sum() / ((len(small) + len(large)) / 2)
-    assert quality >= 0.99
+    assert panoptic_quality(small, large) >= 0.99
 
 
 def test_objects_lie_on_the_tissue(results):

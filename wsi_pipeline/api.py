@@ -76,11 +76,11 @@ class Plan:
         In 8-bit integers it is another one: some of its objects are others. Where only tables
         are made, it is whatever made the maps.
         """
-        model = self.model
+        arithmetic = "int8" if precision == "int8" else None
         if only == "objects":
-            before = (read_run(self.out) or {"model": {}})["model"]
-            return model | {key: before[key] for key in ("arithmetic",) if key in before}
-        return model | ({"arithmetic": precision} if precision == "int8" else {})
+            before = read_run(self.out)
+            arithmetic = before["model"].get("arithmetic") if before else None
+        return self.model | ({"arithmetic": arithmetic} if arithmetic else {})
 
     def check(self, *, overwrite: bool, precision: str = "auto", only: str | None = None) -> None:
         """Refuse what would be refused when the plan is done; writes nothing.

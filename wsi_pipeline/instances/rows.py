@@ -32,6 +32,7 @@ class RowMaker:
             name for head in spec.heads if head.kind == "class" for name in head.classes[1:]
         )
         self._tissues = _tissue_names(spec)
+        self._code_of_kind, self._code_of_class = _codes(self._kinds), _codes(self._classes)
 
     def rows(self, maps: HeadMaps, objects: Objects) -> pa.RecordBatch:
         """Return one row of ``OBJECT_SCHEMA`` for each object, in the given order.
@@ -68,13 +69,12 @@ class RowMaker:
         return pa.RecordBatch.from_arrays(arrays, schema=OBJECT_SCHEMA)
 
     def _kind_codes(self, maps: HeadMaps, n: int) -> Ints:
-        return np.full(n, _codes(self._kinds)[maps.head.object_kind], np.int32)
+        return np.full(n, self._code_of_kind[maps.head.object_kind], np.int32)
 
     def _class_codes(self, maps: HeadMaps) -> Ints:
         """Return the dictionary code of each class id of the head; -1 for "none"."""
         names = maps.class_head.classes if maps.class_head else ("",)
-        codes = _codes(self._classes)
-        return np.array([-1, *(codes[name] for name in names[1:])], np.int32)
+        return np.array([-1, *(self._code_of_class[name] for name in names[1:])], np.int32)
 
 
 class Surroundings:
