@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,10 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from wsi_pipeline.bench.rates import dense_flops, matrix_rate
 from wsi_pipeline.bundle import ModelBundle, save_bundle
-from wsi_pipeline.device import DTYPES
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.network import build_network
@@ -101,34 +99,6 @@ def run(predictor: TorchPredictor, count: int) -> tuple[float, list[dict[str, ND
     return time.perf_counter() - begun, blocks
 
 
-def matrix_rate(device: str, precision: str, side: int) -> float:
-    """Return FLOP/s of a large matrix product, the median of ten after three."""
-    a, b = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
-    seconds = []
-    for _ in range(13):
-        _wait(device)
-        begun = time.perf_counter()
-        a @ b
-        _wait(device)
-        seconds.append(time.perf_counter() - begun)
-    return 2 * side**3 / statistics.median(seconds[3:])
-
-
-def flops_of(bundle: ModelBundle, read_px: int) -> int:
-    """Count the FLOPs of one window, without computing it."""
-    with torch.device("meta"):
-        network = build_network(bundle.spec).eval()
-        pixels = torch.empty(1, 3, read_px, read_px)
-    with FlopCounterMode(display=False) as counter:
-        network(pixels)
-    return int(counter.get_total_flops())
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -148,15 +118,14 @@ def main() -> None:
             how = {"device": options.device, "precision": precision}
             _, found = run(TorchPredictor.load(bundle, **how, **small), 1)
             result[precision] = differences(found[0], expected[0])
-            rate = matrix_rate(
-                options.device, precision, 8192 if "cuda" in options.device else 1024
-            )
+            rate = matrix_rate(options.device, precision, clock=time.perf_counter)
             result[precision]["matrix_tflops"] = rate / 1e12
             for tile in options.tiles:
                 predictor = TorchPredictor.load(bundle, **how, tile_size=tile)
                 run(predictor, 2 * predictor.batch_size)
                 seconds, _ = run(predictor, options.count)
-                floor = flops_of(bundle, tile + 2 * predictor.halo_px) * options.count / rate
+                side = tile + 2 * predictor.halo_px
+                floor = dense_flops(bundle.spec, [(side, side)]) * options.count / rate
                 result[precision][f"tile_{tile}"] = {
                     "batch": predictor.batch_size,
                     "mpx_per_s": options.count * tile**2 / 1e6 / seconds,

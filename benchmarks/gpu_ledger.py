@@ -48,10 +48,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import wsi_pipeline as wsi
-from benchmarks.gpu import differences, make_bundle, matrix_rate
+from benchmarks.gpu import differences, make_bundle
 from benchmarks.step_cost import median_seconds, wait_for
 from wsi_pipeline import blocks
-from wsi_pipeline.bench.rates import dense_flops, memory_rate
+from wsi_pipeline.bench.rates import dense_flops, matrix_rate, memory_rate
 from wsi_pipeline.bundle import ModelBundle, open_bundle
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.synth import write_slide
@@ -175,8 +175,8 @@ def measure(
     result: dict[str, Any] = {
         "seconds_a_tile": seconds,
         "mpx_per_s": tile**2 / 1e6 / seconds,
-        "useful_share": dense_flops(bundle.spec, tile) / seconds / rate,
-        "arithmetic_share": dense_flops(bundle.spec, side, margin_px=predictor.margin_px)
+        "useful_share": dense_flops(bundle.spec, [(tile, tile)]) / seconds / rate,
+        "arithmetic_share": dense_flops(bundle.spec, [(side, side)], margin_px=predictor.margin_px)
         / seconds
         / rate,
         "batch": batch,
@@ -260,13 +260,15 @@ def main() -> None:
     parser.add_argument("--slide-px", type=int, default=16384)
     parser.add_argument("--tiny", action="store_true", help="a narrow network, small tiles")
     args = parser.parse_args()
-    widths, times, matrix, batch_px = [64, 128, 256, 512], TIMES, 8192, 8 * 2368**2
+    widths, times, matrix, batch_px = [64, 128, 256, 512], TIMES, None, 8 * 2368**2
     if args.tiny:
         widths, times, matrix, batch_px = [8, 16, 16, 32], 2, 512, 1
         args.tiles, args.slide_px = [256], 1024
     device, ledger = args.device, Ledger(args.out, args.seconds)
-    rates = {p: matrix_rate(device, p, matrix) for p in dict.fromkeys(VARIANTS.values())}
-    copied = memory_rate(device, clock=time.perf_counter)
+    clock = time.perf_counter
+    used = dict.fromkeys(VARIANTS.values())
+    rates = {p: matrix_rate(device, p, clock=clock, side=matrix) for p in used}
+    copied = memory_rate(device, clock=clock)
     ledger.try_("rates", lambda: {"matrix_flops": rates, "bytes_per_s": copied})
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_bundle(Path(folder), widths)

@@ -35,6 +35,7 @@ class StandIn:
     spec = SPEC
     precision = "fp32"
     halo_px = 32
+    is_fitting = False
     canvas_bytes = 1 << 28
     extractors = 2
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.gpu import matrix_rate
+from wsi_pipeline.bench.rates import matrix_rate
 from wsi_pipeline.device import DTYPES
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import ModelSpec
@@ -162,7 +162,6 @@ def measure_rates(device: str, precision: str, *, small: bool = False) -> Rates:
         small: little work, for a test of this code; the numbers mean nothing then.
     """
     cuda = device.startswith("cuda")
-    side = 256 if small else (8192 if cuda else 1024)
     source = torch.rand((1 << 20) if small else (1 << 30 if cuda else 1 << 26), device=device)
     target = torch.empty_like(source)
     copy_s = median_seconds(lambda: target.copy_(source), device)
@@ -174,7 +173,7 @@ def measure_rates(device: str, precision: str, *, small: bool = False) -> Rates:
             tiny.add_(1)
 
     return Rates(
-        flops=matrix_rate(device, precision, side),
+        flops=matrix_rate(device, precision, clock=time.perf_counter, side=256 if small else None),
         bytes=2 * source.nbytes / copy_s,
         launch_s=median_seconds(starts, device) / count,
         waits=not cuda,

@@ -78,7 +78,7 @@ def _cost(bundle: ModelBundle) -> tuple[int, float]:
     """Return learned parameters, and floating-point operations of convolutions an input pixel."""
     network = bundle.load_network()
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return parameters, dense_flops(bundle.spec, _SIDE) / _SIDE**2
+    return parameters, dense_flops(bundle.spec, [(_SIDE, _SIDE)]) / _SIDE**2
 
 
 def _score(bundle: ModelBundle, head: str, score: str) -> str:

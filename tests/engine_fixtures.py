@@ -40,6 +40,7 @@ class SlowStub:
     precision = "fp32"
     tile_px = 256
     halo_px = 32
+    is_fitting = False
     canvas_bytes = 1 << 28
     extractors = 1
 

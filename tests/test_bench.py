@@ -148,7 +148,7 @@ def test_flops_are_those_of_the_convolutions():
             module.register_forward_hook(count)
     with torch.no_grad():
         network(torch.zeros(1, 3, 96, 96, device="meta"))
-    assert rates.dense_flops(spec, 96) == pytest.approx(total, rel=1e-6)
+    assert rates.dense_flops(spec, [(96, 96)]) == pytest.approx(total, rel=1e-6)
     assert total > 0
 
 

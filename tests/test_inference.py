@@ -15,7 +15,7 @@ from torch import nn
 from wsi_pipeline import device, inference
 from wsi_pipeline.bundle import find_bundle, save_bundle
 from wsi_pipeline.errors import JobError, OutOfMemoryError, SlideError
-from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
@@ -56,17 +56,18 @@ class FakeSlide:
     def read_windows(self, grid, boxes, *, threads, stop=lambda: False):
         assert grid == self.grid
         self.threads, self.reader = threads, threading.current_thread()
-        buffer = np.empty((boxes[0].height, boxes[0].width, 3), np.uint8) if boxes else None
+        side = max((side for box in boxes for side in box.size), default=0)
+        buffer = np.empty((side, side, 3), np.uint8)
         for index, box in enumerate(boxes):
             if stop():
                 return
             if index == self.fail_at:
                 raise SlideError("broken here")
             self.asked.append(box)
-            buffer[:] = read(self.image, box)
-            yield buffer
-        if buffer is not None:
-            buffer[:] = 0
+            window = buffer[: box.height, : box.width]
+            window[:] = read(self.image, box)
+            yield window
+        buffer[:] = 0
 
 
 def read(image, box):
@@ -232,7 +233,8 @@ def test_out_of_memory_halves_the_batch(bundle, slide, monkeypatch):
         return compute(pixels)
 
     monkeypatch.setattr(predictor, "_compute", limited)
-    predictor._limit, room = 5, 1
+    predictor._at_once = predictor._limit = 5  # as if it were a GPU
+    room = 1
     _, found = predict(predictor, slide)
     assert sizes[:3] == [5, 2, 1]
     assert set(sizes[3:]) == {1}
@@ -280,6 +282,57 @@ def test_out_of_memory_cuts_a_tile_into_pieces_that_are_as_right(bundle, slide, 
                 part = block.arrays[key][..., y // stride :, x // stride :]
                 part = part[..., : expected.shape[-2], : expected.shape[-1]]
                 np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_fitted_window_says_what_a_tile_of_its_size_says(bundle, slide, pieces):
+    _, small = predict(load(bundle, tile_size=64), slide)
+    place = {(block.tile.write.x, block.tile.write.y): block for block in small}
+    wanted = {
+        (0, 0): Box(x=70, y=3, width=20, height=30),  # one step of 64
+        (128, 0): Box(x=130, y=10, width=60, height=118),  # two, below each other
+        (0, 128): Box(x=5, y=130, width=120, height=9),  # beyond the slide's lower edge
+        (128, 128): Box(x=190, y=140, width=3, height=3),
+    }
+    tiles = TileGrid.cover(
+        slide.grid,
+        tile_px=128,
+        halo_px=32,
+        extent=lambda write: wanted[write.x, write.y],
+        step_px=64,
+    )
+    predictor = load(bundle, tile_size=128, batch_size=3)
+    if pieces:
+        predictor._piece_px = 64
+    assert predictor.is_fitting
+    seen = 0
+    for block in predictor.predict(slide, tiles):
+        tile = block.tile
+        steps = tile.computed.width // 64, tile.computed.height // 64
+        if not pieces and steps != (1, 1):
+            continue
+        for key, found in block.arrays.items():
+            stride = SPEC.maps[key].stride
+            assert found.shape[-2:] == tile.write.coarsen(stride).size[::-1]
+            rest = found.copy()
+            for y in range(tile.computed.y, tile.computed.y1, 64):
+                for x in range(tile.computed.x, tile.computed.x1, 64):
+                    expected = place[x, y].arrays[key]
+                    at = Box(x=x, y=y, width=64, height=64).intersect(tile.write)
+                    at = at.coarsen(stride).relative_to(tile.write.coarsen(stride))
+                    np.testing.assert_array_equal(found[(..., *at.slices)], expected)
+                    rest[(..., *at.slices)] = 0
+                    seen += expected.any()
+            assert not rest.any()
+    assert seen > 3
+
+
+def test_batches_of_several_tiles_bind_windows_to_one_size(bundle):
+    plain = {"precision": "fp32", "tile_px": 64, "halo_px": 32, "workers": 1}
+    network = bundle.load_network()
+    for where, batch_size, fits in (("cpu", 1, True), ("cpu", 4, True), ("meta", 4, False)):
+        predictor = TorchPredictor(SPEC, network, device=where, batch_size=batch_size, **plain)
+        assert predictor.is_fitting == fits
 
 
 def test_the_next_slide_is_told_of_pieces_too(bundle, slide):
@@ -364,9 +417,9 @@ def test_the_network_counts_the_seconds_in_which_it_runs(bundle, slide, monkeypa
     monkeypatch.setattr(inference.time, "perf_counter", lambda: float(next(ticks)))
     tiles, _ = predict(predictor, slide)
     assert len(tiles.tiles) == 12
-    assert predictor.busy_s == 3  # a tick for each batch of five, none for what lies between
+    assert predictor.busy_s == 12  # a tick for each tile, none for what lies between
     predict(predictor, slide)
-    assert predictor.busy_s == 6
+    assert predictor.busy_s == 24
 
 
 @pytest.mark.gpu

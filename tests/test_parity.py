@@ -13,7 +13,7 @@ from benchmarks.parity import compare, compare_maps, panoptic_quality, variants
 from wsi_pipeline import blocks, inference
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.device import _cpu_has_bf16
-from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.synth import write_slide
 from wsi_pipeline.tiling import TileGrid
@@ -38,7 +38,7 @@ def tissue(tmp_path_factory):
         yield slide
 
 
-def maps_of(slide, *, margin=True, precision="fp32", compiler=None):
+def maps_of(slide, *, margin=True, precision="fp32", compiler=None, extent=None):
     predictor = inference.TorchPredictor.load(
         find_bundle("cerberus-lite"), device="cpu", precision=precision, tile_size=512
     )
@@ -47,7 +47,7 @@ def maps_of(slide, *, margin=True, precision="fp32", compiler=None):
     if compiler is not None:
         predictor._maps_of = compiler(predictor._maps_of)
     grid: PixelGrid = slide.working_grid(0.5)
-    tiles = TileGrid.cover(grid, tile_px=512, halo_px=predictor.halo_px)
+    tiles = TileGrid.cover(grid, tile_px=512, halo_px=predictor.halo_px, extent=extent)
     found = list(predictor.predict(slide, tiles))
     keys = [key for key in found[0].arrays if key.endswith("/prob")]
     return {key: [block.arrays[key].astype(np.int16) for block in found] for key in keys}
@@ -76,6 +76,19 @@ def test_a_rewrite_of_the_network_changes_nothing(tissue, expected, monkeypatch,
 
 def test_decoders_that_see_the_whole_halo_say_the_same(tissue, expected):
     assert_same(maps_of(tissue, margin=False), expected)
+
+
+def test_windows_fitted_to_the_tissue_say_the_same_of_it(tissue, expected):
+    # 768 px in tiles of 512: of three of the four, half is left out
+    middle = Box(x=256, y=256, width=512, height=512)
+    found = maps_of(tissue, extent=lambda write: write.intersect(middle))
+    key, inside = "nuclei/prob", (..., slice(256, 512), slice(256, 512))
+    assert_same({key: [found[key][0][inside]]}, {key: [expected[key][0][inside]]})
+    assert not found[key][0][..., :256, :].any()
+    assert expected[key][0][..., :256, :].any()
+    for part in (1, 2, 3):
+        same = (..., slice(256 if part == 1 else 0, None), slice(256 if part == 2 else 0, None))
+        assert_same({key: [found[key][part][same]]}, {key: [expected[key][part][same]]})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

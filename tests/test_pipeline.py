@@ -57,6 +57,7 @@ class StubPredictor:
     device = "cpu"
     precision = "fp32"
     halo_px = 32
+    is_fitting = False
     canvas_bytes = 1 << 28
     extractors = 2
 

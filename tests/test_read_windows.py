@@ -86,6 +86,36 @@ def test_windows_equal_single_reads(whole, tile_px, halo_px, keep, threads):
     assert found == len(boxes)
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    tile_px=st.sampled_from([48, 96]),
+    halo_px=st.sampled_from([0, 16, 48]),
+    seed=st.integers(0, 2**32),
+)
+def test_fitted_windows_equal_single_reads_and_share_tiles(whole, tile_px, halo_px, seed):
+    slide, grid, frame = whole
+    rng = np.random.default_rng(seed)
+
+    def extent(write):  # the first is whole, so rows are as high as the lattice's
+        if write.x == write.y == 0:
+            return write
+        return Box(
+            x=write.x + int(rng.integers(0, write.width)),
+            y=write.y + int(rng.integers(0, write.height)),
+            width=1 + int(rng.integers(0, 40)),
+            height=1 + int(rng.integers(0, 40)),
+        ).intersect(write)
+
+    tiles = TileGrid.cover(grid, tile_px=tile_px, halo_px=halo_px, extent=extent, step_px=16)
+    boxes = [
+        tile.read for tile in tiles.tiles if tile.read.intersect(grid.box.pad(64)) == tile.read
+    ]
+    counts = spy(slide)
+    for box, window in zip(boxes, slide.read_windows(grid, boxes, threads=2), strict=True):
+        assert np.array_equal(window, cut(frame, box))
+    assert set(counts.values()) == {1}
+
+
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(boxes=st.lists(boxes_anywhere, max_size=8))
 def test_windows_in_any_order_are_still_right(whole, boxes):

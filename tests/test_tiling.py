@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsi_pipeline.geometry import PixelGrid
+from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.tiling import PANEL_PX, TileGrid
 
 
@@ -48,6 +48,56 @@ def test_shards_partition_the_wanted_tiles(seed, count):
     assert sorted(shards, key=tiles.tiles.index) == list(tiles.tiles)
 
 
+@given(sizes, sizes, sides, st.integers(0, 2**32), st.sampled_from([16, 32, 64]))
+def test_fitted_windows_are_the_fewest_steps_around_the_extent(width, height, side, seed, step):
+    rng = np.random.default_rng(seed)
+    extents = []
+
+    def extent(write):
+        (x0, x1), (y0, y1) = (
+            np.sort(rng.integers(0, size + 1, 2)) + start
+            for size, start in zip(write.size, (write.x, write.y), strict=True)
+        )
+        extents.append(Box.from_edges(int(x0), int(y0), max(int(x1), x0 + 1), max(int(y1), y0 + 1)))
+        return extents[-1].intersect(write) if extents[-1].intersect(write).area else write
+
+    found = TileGrid.cover(
+        grid(width, height), tile_px=side, halo_px=32, extent=extent, step_px=step
+    )
+    whole = TileGrid.cover(grid(width, height), tile_px=side, halo_px=32)
+    assert [tile.write for tile in found.tiles] == [tile.write for tile in whole.tiles]
+    for tile, of_whole, box in zip(found.tiles, whole.tiles, extents, strict=True):
+        full, computed = of_whole.computed, tile.computed
+        assert tile.read == computed.pad(32)
+        assert full.contains(computed)
+        box = box.intersect(tile.write)
+        assert not box.area or computed.contains(box)
+        assert tile.predicted == computed.intersect(tile.write)
+        for low, high, first, last, need, end in (
+            (computed.x, computed.x1, full.x, full.x1, box.x, box.x1),
+            (computed.y, computed.y1, full.y, full.y1, box.y, box.y1),
+        ):
+            assert (low - first) % step == 0
+            assert (high - first) % step == 0 or high == last
+            if box.area:
+                assert low + step > need
+                assert high - step < end
+
+
+def test_windows_are_of_one_size_unless_they_are_fitted():
+    tiles = TileGrid.cover(grid(100, 100), tile_px=64, halo_px=16).tiles
+    assert {tile.read.size for tile in tiles} == {(96, 96)}
+    assert tiles[-1].predicted == tiles[-1].write != tiles[-1].computed
+
+
+def test_an_empty_extent_is_one_step():
+    empty = Box(x=0, y=0, width=0, height=0)
+    (tile,) = TileGrid.cover(
+        grid(64, 64), tile_px=64, halo_px=16, extent=lambda _: empty, step_px=32
+    ).tiles
+    assert tile.computed == Box(x=0, y=0, width=32, height=32)
+
+
 def test_wide_slides_are_walked_in_panels():
     tiles = TileGrid.cover(grid(3 * PANEL_PX + 5, 5000), tile_px=1024, halo_px=0).tiles
     panels = [tile.write.x // PANEL_PX for tile in tiles]
@@ -62,5 +112,7 @@ def test_senseless_sizes_are_refused():
         TileGrid.cover(grid(10, 10), tile_px=100, halo_px=16)
     with pytest.raises(ValueError, match="multiples of 16"):
         TileGrid.cover(grid(10, 10), tile_px=96, halo_px=10)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        TileGrid.cover(grid(10, 10), tile_px=96, halo_px=16, step_px=24)
     with pytest.raises(ValueError, match="shard index"):
         TileGrid.cover(grid(10, 10), tile_px=96, halo_px=16).shard(2, 2)

@@ -318,6 +318,26 @@ def test_touches_agrees_with_looking_at_every_pixel(tissue, look):
         assert answer == met(0)
 
 
+@given(masks(), looks())
+def test_extent_covers_the_tissue_of_a_box_and_no_more(tissue, look):
+    grid, box = look
+    extent = tissue.extent(grid, box)
+    assert box.contains(extent)
+    rows, columns = tissue.window(grid, box).nonzero()
+    for row, column in zip(rows, columns, strict=True):
+        assert extent.contains(Box(x=box.x + column, y=box.y + row, width=1, height=1))
+    if not tissue.touches(grid, box):
+        assert extent.area == 0
+    if extent.area:  # every line at its edges meets tissue
+        for edge in (
+            Box.from_edges(extent.x, extent.y, extent.x1, extent.y + 1),
+            Box.from_edges(extent.x, extent.y1 - 1, extent.x1, extent.y1),
+            Box.from_edges(extent.x, extent.y, extent.x + 1, extent.y1),
+            Box.from_edges(extent.x1 - 1, extent.y, extent.x1, extent.y1),
+        ):
+            assert tissue.touches(grid, edge)
+
+
 def test_touches_agrees_with_every_box_of_its_own_grid():
     mask = np.random.default_rng(0).random((9, 11)) < 0.08
     grid = PixelGrid(origin=(0.0, 0.0), spacing=(7.3, 6.1), size=(11, 9))

@@ -13,7 +13,6 @@ from wsi_pipeline.machine import available_cpus
 __all__ = [
     "DTYPES",
     "DeviceSpan",
-    "auto_batch",
     "auto_workers",
     "choose_device",
     "choose_precision",
@@ -119,15 +118,6 @@ def choose_precision(name: str, device: str, *, architecture: str) -> str:
         raise JobError(f"precision {name!r} is none of auto, {', '.join(DTYPES)}")
     has_bf16 = device.startswith("cuda") or (device == "cpu" and _cpu_has_bf16())
     return "bf16" if has_bf16 and half_pays(architecture) else "fp32"
-
-
-def auto_batch(device: str, read_px: int) -> int:
-    """Return how many windows of ``read_px`` square a device takes at once."""
-    if not device.startswith("cuda"):
-        return 1
-    # Cerberus in bf16 holds about 1.2 KB an input pixel at its widest; half of the memory.
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1, min(8, int(memory * 0.5 / (1200 * read_px**2))))
 
 
 def auto_workers(device: str, share: int = 1) -> int:

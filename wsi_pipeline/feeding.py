@@ -18,9 +18,10 @@ from torch import Tensor
 from wsi_pipeline.geometry import Box, PixelGrid
 from wsi_pipeline.tiling import Tile, TileGrid
 
-__all__ = ["Batch", "Feeder", "WindowReader"]
+__all__ = ["WAITING_BATCHES", "Batch", "Feeder", "WindowReader"]
 
-_WAITING_BATCHES = 2
+WAITING_BATCHES = 2
+"""How many batches lie ready for the network."""
 
 
 class WindowReader(Protocol):
@@ -45,7 +46,7 @@ class Batch:
     tiles: tuple[Tile, ...]
     """At most as many as there are rows of pixels."""
     pixels: Tensor
-    """``(B, H, W, 3)`` uint8 on the host; rows beyond the tiles are filling."""
+    """``(B, H, W, 3)`` uint8 on the host; what there is beyond the tiles is filling."""
 
 
 class Feeder:
@@ -55,15 +56,32 @@ class Feeder:
     """
 
     def __init__(
-        self, slide: WindowReader, tiles: TileGrid, batch_size: int, threads: int, *, pin: bool
+        self,
+        slide: WindowReader,
+        tiles: TileGrid,
+        batch_size: int,
+        threads: int,
+        *,
+        ahead: int = WAITING_BATCHES,
+        pin: bool,
     ) -> None:
+        """Take what is to be read.
+
+        Args:
+            slide: where the pixels come from.
+            tiles: whose windows have one size, or any where batches are of one.
+            batch_size: windows a batch.
+            threads: that decode.
+            ahead: batches that wait at most.
+            pin: whether pixels lie in pinned memory, for a GPU to fetch.
+        """
         self._slide = slide
         self._tiles = tiles
         self._batch_size = batch_size
         self._threads = threads
         self._pin = pin
         self._cancelled = threading.Event()
-        self._queue: queue.Queue[Batch | None] = queue.Queue(_WAITING_BATCHES)
+        self._queue: queue.Queue[Batch | None] = queue.Queue(ahead)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def __enter__(self) -> Iterator[Batch]:
@@ -95,7 +113,7 @@ class Feeder:
                 return
 
     def _read(self) -> Iterator[Batch]:
-        tiles, side = self._tiles.tiles, self._tiles.read_px
+        tiles = self._tiles.tiles
         windows = self._slide.read_windows(
             self._tiles.grid,
             [tile.read for tile in tiles],
@@ -104,8 +122,9 @@ class Feeder:
         )
         for start in range(0, len(tiles), self._batch_size):
             part = tiles[start : start + self._batch_size]
+            width, height = part[0].read.size
             pixels = torch.zeros(
-                (self._batch_size, side, side, 3), dtype=torch.uint8, pin_memory=self._pin
+                (self._batch_size, height, width, 3), dtype=torch.uint8, pin_memory=self._pin
             )
             into = pixels.numpy()
             for index in range(len(part)):

@@ -6,6 +6,7 @@ the disk does it wait, too.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from wsi_pipeline.job import SlideJob, versions
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.store import PredictionBlock, PredictionStore
-from wsi_pipeline.tiling import PANEL_PX, Tile, TileGrid
+from wsi_pipeline.tiling import FIT_STEP_PX, PANEL_PX, Tile, TileGrid
 from wsi_pipeline.tissue import TissueMask
 
 __all__ = ["Predictor", "fill_store", "lay_tiles", "open_store", "sealed_store", "writers_beside"]
@@ -39,6 +40,8 @@ class Predictor(Protocol):
     precision: str
     tile_px: int
     halo_px: int
+    is_fitting: bool
+    """Whether it takes windows of any size, one by one, rather than all of one size."""
     canvas_bytes: int
     extractors: int
 
@@ -58,14 +61,17 @@ class Predictor(Protocol):
 
 
 def lay_tiles(slide: Slide, tissue: TissueMask, predictor: Predictor) -> TileGrid:
-    """Lay a predictor's tiles over the tissue of a slide."""
+    """Lay a predictor's tiles over the tissue of a slide, fitted to it where they may be."""
     grid = slide.working_grid(predictor.spec.mpp)
+    strides = [head.stride for head in predictor.spec.heads]
     return TileGrid.cover(
         grid,
         tile_px=predictor.tile_px,
         halo_px=predictor.halo_px,
         panel_px=_panel_px(slide, grid, predictor),
         wanted=lambda box: tissue.touches(grid, box),
+        extent=(lambda box: tissue.extent(grid, box)) if predictor.is_fitting else None,
+        step_px=math.lcm(FIT_STEP_PX, *strides),
     )
 
 
@@ -158,7 +164,7 @@ def fill_store(
 
     def write(block: PredictionBlock) -> None:
         allowed()
-        readable = 1 - slide.unreadable_share(store.grid, block.tile.write)
+        readable = 1 - slide.unreadable_share(store.grid, block.tile.predicted)
         store.write(_clip(block, store.grid, tissue, predictor.spec), readable=readable)
         wrote(block.tile)
 
@@ -190,6 +196,7 @@ def _made(job: SlideJob, tissue: TissueMask, predictor: Predictor) -> dict[str, 
         "device": predictor.device.partition(":")[0],
         "precision": predictor.precision,
         "tile_px": predictor.tile_px,
+        "fitted": predictor.is_fitting,
         "tissue": tissue.digest,
         "versions": {name: known[name] for name in ("wsi-pipeline", "torch") if name in known},
     }

@@ -7,18 +7,20 @@
                           at most two waiting           halo, shrink, quantise -> uint8 blocks
 
 Batches always have their full size (the last is filled up), and a CPU computes their tiles
-one by one: a tile's bytes cannot depend on the tiles it shares a batch with.
+one by one: a tile's bytes cannot depend on the tiles it shares a batch with. Batches of one, the
+default, let every window be only as large as the tissue in its tile.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,21 +29,20 @@ from wsi_pipeline.bundle import ModelBundle
 from wsi_pipeline.device import (
     DTYPES,
     DeviceSpan,
-    auto_batch,
     auto_workers,
     choose_device,
     choose_precision,
 )
 from wsi_pipeline.eight_bit import pixel_levels, to_eight_bits
 from wsi_pipeline.errors import JobError, ModelBundleError, OutOfMemoryError
-from wsi_pipeline.feeding import Batch, Feeder, WindowReader
+from wsi_pipeline.feeding import WAITING_BATCHES, Batch, Feeder, WindowReader
 from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.memory import CANVASES, Demand, Sizes, fit_sizes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.steady import keep_to_one_kernel
 from wsi_pipeline.store import PredictionBlock
-from wsi_pipeline.tiling import TileGrid
+from wsi_pipeline.tiling import Tile, TileGrid
 
 __all__ = ["TorchPredictor", "WindowReader"]
 
@@ -95,9 +96,11 @@ class TorchPredictor:
         self.extractors = extractors
         self.canvas_bytes = canvas_bytes
         self.busy_s = 0.0
-        # Tiles the device takes at once; out-of-memory halves it. A CPU gains nothing by more
-        # than one, and its kernels round differently by the number.
-        self._limit = 1 if device == "cpu" else batch_size
+        # Tiles the device takes at once. A CPU gains nothing by more than one, and its kernels
+        # round differently by the number; there a batch is what is read ahead.
+        self._at_once = 1 if device == "cpu" else batch_size
+        self._limit = self._at_once  # out-of-memory halves it
+        self.is_fitting = self._at_once == 1  # no batch binds its windows to one size
         # What lies further out only the encoder has to see.
         decoder_halo_px = getattr(network, "decoder_halo_px", halo_px)
         self.margin_px = max(0, halo_px - decoder_halo_px) // INPUT_MULTIPLE * INPUT_MULTIPLE
@@ -132,7 +135,8 @@ class TorchPredictor:
                 on CPUs that have bf16 instructions, for networks of convolutions; else fp32.
             tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA,
                 else 1024, less where ``memory`` asks for it.
-            batch_size: tiles a pass. Auto: by the memory of a CUDA device, else 1.
+            batch_size: tiles a pass. Auto: 1, so that windows are as small as the tissue in
+                them; one tile keeps a device busy, and larger batches are of whole tiles.
             workers: threads that decode the slide, and that extract objects.
             memory: what a run holds at most on the host, see :mod:`wsi_pipeline.memory`.
             share: processes like this one at the same time; memory and processors are divided.
@@ -150,14 +154,13 @@ class TorchPredictor:
         if tile_px % 16 or any(tile_px % stride for stride in strides):
             msg = f"tile size {tile_px} must be a multiple of 16 and of the strides {strides}"
             raise JobError(msg)
-        read_px = tile_px + 2 * bundle.spec.halo_px
         asked = {"tile_px": tile_size, "batch_size": batch_size, "extractors": workers}
         network = bundle.load_network()
         sizes = fit_sizes(
             _demand(bundle.spec, network, device, precision),
             Sizes(
                 tile_px=tile_px,
-                batch_size=_positive("batch size", batch_size, auto=auto_batch(device, read_px)),
+                batch_size=_positive("batch size", batch_size, auto=1),
                 extractors=_positive("workers", workers, auto=max(1, available_cpus() // share)),
             ),
             cap=memory,
@@ -216,7 +219,9 @@ class TorchPredictor:
         depth = 1 if self.device.startswith("cuda") else 0
         warned = False
         running: deque[tuple[Batch, dict[str, Tensor], DeviceSpan | None]] = deque()
-        with Feeder(slide, tiles, self.batch_size, self.workers, pin=depth > 0) as batches:
+        ahead = WAITING_BATCHES * self.batch_size // self._at_once
+        feeder = Feeder(slide, tiles, self._at_once, self.workers, ahead=ahead, pin=depth > 0)
+        with feeder as batches:
             for batch in batches:
                 if stop():
                     return
@@ -279,15 +284,14 @@ class TorchPredictor:
 
     @property
     def _is_reduced(self) -> bool:
-        planned = 1 if self.device == "cpu" else self.batch_size
-        return self._limit < planned or self._piece_px < self.tile_px
+        return self._limit < self._at_once or self._piece_px < self.tile_px
 
     def _how_reduced(self) -> str:
         pieces = ""
         if self._piece_px < self.tile_px:
             pieces = f", each in pieces of {self._piece_px} px with their own halo"
         return (
-            f"{self.device} ran out of memory: {self._limit} of {self.batch_size} tiles of "
+            f"{self.device} ran out of memory: {self._limit} of {self._at_once} tiles of "
             f"{self.tile_px} px at once{pieces}; values may differ as they do between tile sizes"
         )
 
@@ -295,15 +299,14 @@ class TorchPredictor:
         """Compute windows as a whole, or piece by piece where memory is short."""
         if self._piece_px == self.tile_px:
             return self._compute(pixels_BHWC)
-        piece = copy.copy(self)
-        piece.tile_px = self._piece_px
-        side = self._piece_px + 2 * self.halo_px
-        starts = range(0, self.tile_px, self._piece_px)
+        halos = 2 * self.halo_px
+        side = self._piece_px + halos
+        height, width = (full - halos for full in pixels_BHWC.shape[1:3])
         rows = []
-        for y in starts:
+        for y in range(0, height, self._piece_px):
             row = [
-                piece._compute(pixels_BHWC[:, y : y + side, x : x + side].contiguous())
-                for x in starts
+                self._compute(pixels_BHWC[:, y : y + side, x : x + side].contiguous())
+                for x in range(0, width, self._piece_px)
             ]
             rows.append({key: torch.cat([part[key] for part in row], -1) for key in row[0]})
         return {key: torch.cat([row[key] for row in rows], -2) for key in rows[0]}
@@ -328,13 +331,15 @@ class TorchPredictor:
         how = {"margin": self.margin_px} if self.margin_px else {}
         logits = self._network(x_BCHW, **how)
         maps: dict[str, Tensor] = {}
+        width = x_BCHW.shape[-1] - 2 * self.margin_px
         for head in self.spec.heads:
-            maps |= self._maps(head, logits[head.name])
+            maps |= self._maps(head, logits[head.name], width)
         return maps
 
-    def _maps(self, head: HeadSpec, logits_BCHW: Tensor) -> dict[str, Tensor]:
+    def _maps(self, head: HeadSpec, logits_BCHW: Tensor, width: int) -> dict[str, Tensor]:
+        """Make the maps of a head from logits that cover a window ``width`` pixels wide."""
         around = self.halo_px - self.margin_px  # pixels of context that are still there
-        scale = (self.tile_px + 2 * around) // logits_BCHW.shape[-1]
+        scale = width // logits_BCHW.shape[-1]
         if scale > head.stride and scale % head.stride == 0:
             # Interpolation needs one logit beyond the box.
             beyond = min(around, scale)
@@ -370,15 +375,23 @@ class TorchPredictor:
         if span is not None:
             self.busy_s += span.wait_s()
         for index, tile in enumerate(batch.tiles):
-            arrays = {}
-            for head in self.spec.heads:
-                width, height = tile.write.coarsen(head.stride).size
-                for key in (f"{head.name}/prob", f"{head.name}/class"):
-                    if key in maps:
-                        # A copy, so that a kept block does not keep its batch.
-                        full = maps[key][index].numpy()
-                        arrays[key] = full[..., :height, :width].copy()
+            # Copies, so that a kept block does not keep its batch.
+            arrays = {
+                key: _placed(maps[key][index].numpy(), tile, head.stride)
+                for key, head in self.spec.maps.items()
+            }
             yield PredictionBlock(tile=tile, arrays=arrays)
+
+
+def _placed(map_: NDArray[np.uint8], tile: Tile, stride: int) -> NDArray[np.uint8]:
+    """Return the write box's part of a map of what was computed, blank where nothing was."""
+    write, computed = tile.write.coarsen(stride), tile.computed.coarsen(stride)
+    there = write.intersect(computed)
+    placed = np.zeros((*map_.shape[:-2], write.height, write.width), np.uint8)
+    placed[(..., *there.relative_to(write).slices)] = map_[
+        (..., *there.relative_to(computed).slices)
+    ]
+    return placed
 
 
 def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) -> Demand:

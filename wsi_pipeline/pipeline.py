@@ -126,7 +126,7 @@ def predict(
         with draft.beside() if beside else nullcontext():
             with closing(filling), _measured(attempt, predictor):
                 for number, tile in enumerate(filling, start=done + 1):
-                    attempt.predicted_px += tile.write.area
+                    attempt.predicted_px += tile.predicted.area
                     advance("predict", number, total)
             return _predicted(attempt, slide, tissue, store, draft)
 

@@ -11,21 +11,32 @@
     +----------------------------------------------------------+
 
 ``write`` boxes are disjoint, aligned to :attr:`TileGrid.tile_px`, and together cover
-the tissue. ``read`` is ``write`` plus the halo; all reads have one size, so they may
-reach beyond the slide, where the reader puts white.
+the tissue. What is computed is the whole tile, or as much of it as holds tissue::
+
+    +--------------- read ---------------+- - - - - - - -+
+    |  halo                              |
+    |      +-------- computed -------+ . . . write . +   |
+    |      |        tissue           |       .       .
+    |      +-------------------------+ . . . . . . . +   |
+    |                                    |
+    +------------------------------------+- - - - - - - -+
+
+``read`` is that plus the halo. Both may reach beyond the slide, where the reader puts white.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wsi_pipeline.geometry import Box, PixelGrid
 
-__all__ = ["PANEL_PX", "Tile", "TileGrid"]
+__all__ = ["FIT_STEP_PX", "PANEL_PX", "Tile", "TileGrid"]
 
 PANEL_PX = 16384
 """Tiles are walked in columns of this width, so memory does not grow with the slide."""
+FIT_STEP_PX = 128
+"""Sides of fitted windows differ by multiples of this, so that there are few sizes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +49,15 @@ class Tile:
     """Index in y."""
     write: Box
     """The pixels this tile alone fills, clipped to the slide."""
+    computed: Box
+    """The pixels the network makes maps of; what else there is of ``write`` stays blank."""
     read: Box
-    """The pixels the network sees: a fixed size, may reach beyond the slide."""
+    """The pixels the network sees."""
+
+    @property
+    def predicted(self) -> Box:
+        """The pixels of ``write`` that are computed."""
+        return self.computed.intersect(self.write)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +82,8 @@ class TileGrid:
         halo_px: int,
         panel_px: int = PANEL_PX,
         wanted: Callable[[Box], bool] = lambda _: True,
+        extent: Callable[[Box], Box] | None = None,
+        step_px: int = FIT_STEP_PX,
     ) -> TileGrid:
         """Lay tiles over a grid and keep the wanted ones.
 
@@ -73,9 +93,12 @@ class TileGrid:
             halo_px: margin of the read boxes, a multiple of 16.
             panel_px: tiles are walked in columns of this width; only their order depends on it.
             wanted: tells whether a write box holds anything worth computing.
+            extent: the part of a wanted write box that is worth computing, not empty; None: the
+                whole tile, so that all windows have one size.
+            step_px: windows are fitted to the extent in steps of this, a multiple of 16.
         """
-        if tile_px < 16 or tile_px % 16 or halo_px < 0 or halo_px % 16:
-            msg = f"tile ({tile_px}) and halo ({halo_px}) must be multiples of 16"
+        if tile_px < 16 or any(px < 0 or px % 16 for px in (tile_px, halo_px, step_px)):
+            msg = f"tile ({tile_px}), halo ({halo_px}), step ({step_px}) must be multiples of 16"
             raise ValueError(msg)
         lattice = cls(grid=grid, tile_px=tile_px, halo_px=halo_px, tiles=())
         columns, rows = lattice.shape
@@ -86,12 +109,10 @@ class TileGrid:
             for row in range(rows)
             for column in range(left, min(left + panel, columns))
         )
-        return cls(
-            grid=grid,
-            tile_px=tile_px,
-            halo_px=halo_px,
-            tiles=tuple(tile for tile in tiles if wanted(tile.write)),
-        )
+        kept = (tile for tile in tiles if wanted(tile.write))
+        if extent is not None:
+            kept = (lattice.fitted(tile, extent(tile.write), step_px) for tile in kept)
+        return cls(grid=grid, tile_px=tile_px, halo_px=halo_px, tiles=tuple(kept))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,7 +122,7 @@ class TileGrid:
 
     @property
     def read_px(self) -> int:
-        """Side of every read box."""
+        """Side of the read box of a whole tile; no window is larger."""
         return self.tile_px + 2 * self.halo_px
 
     def tile(self, column: int, row: int) -> Tile:
@@ -113,8 +134,27 @@ class TileGrid:
             column=column,
             row=row,
             write=full.intersect(self.grid.box),
+            computed=full,
             read=full.pad(self.halo_px),
         )
+
+    def fitted(self, tile: Tile, extent: Box, step_px: int) -> Tile:
+        """Return a whole tile with no more computed than covers a box within it.
+
+        Steps are counted from the tile's corner: what the network sees of a pixel then lies on
+        the same lattice of its coarser maps as if all of the tile were computed.
+        """
+        full = tile.computed
+
+        def edges(start: int, stop: int, first: int, last: int) -> tuple[int, int]:
+            low = first + (start - first) // step_px * step_px
+            high = first - (first - max(stop, start + 1)) // step_px * step_px
+            return low, min(last, high)
+
+        x0, x1 = edges(extent.x, extent.x1, full.x, full.x1)
+        y0, y1 = edges(extent.y, extent.y1, full.y, full.y1)
+        computed = Box.from_edges(x0, y0, x1, y1)
+        return replace(tile, computed=computed, read=computed.pad(self.halo_px))
 
     def shard(self, index: int, count: int) -> TileGrid:
         """Return every ``count``-th tile from ``index`` on; the shards partition the tiles."""

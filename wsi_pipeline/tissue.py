@@ -108,6 +108,19 @@ class TissueMask:
             + table[here.y, here.x]
         )
 
+    def extent(self, grid: PixelGrid, box: Box) -> Box:
+        """Return a box that covers what tissue there is in a box of another grid.
+
+        The smallest one along the mask's pixels, cut off at the box; empty without tissue.
+        """
+        here = self.grid.cover(grid, box).intersect(self.grid.box)
+        rows, columns = self.mask[here.slices].nonzero()
+        if not rows.size:
+            return Box(x=box.x, y=box.y, width=0, height=0)
+        edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        tight = Box.from_edges(*map(int, edges)).shift(here.x, here.y)
+        return grid.cover(self.grid, tight).intersect(box)
+
     def window(self, grid: PixelGrid, box: Box) -> NDArray[np.bool_]:
         """Return the mask as seen on a box of another grid.
 

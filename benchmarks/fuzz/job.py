@@ -28,6 +28,7 @@ class _Dark:
     precision = "fp32"
     tile_px = 64
     halo_px = 16
+    is_fitting = False
     canvas_bytes = 1 << 26
     extractors = 1
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -24,15 +25,16 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28, "mps": 1 << 28}
 WARM_UP, TIMES = 2, 5
 
 
-def matrix_rate(device: str, precision: str, *, clock: Clock) -> float:
+def matrix_rate(device: str, precision: str, *, clock: Clock, side: int | None = None) -> float:
     """Return the FLOP/s of a large matrix product, the median of some.
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
         precision: ``fp32`` (without TF32), ``bf16``, ``fp16``; ``int8``: of bytes.
         clock: what time it is.
+        side: of the matrices; None: large enough to be limited by arithmetic.
     """
-    side = MATRIX_SIDE[device.partition(":")[0]]
+    side = side or MATRIX_SIDE[device.partition(":")[0]]
     if precision == "int8":
         return 2 * side**3 / _median(byte_product(side), device, clock)
     a, b = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
@@ -48,22 +50,26 @@ def memory_rate(device: str, *, clock: Clock) -> float:
     return 2 * size / _median(lambda: target.copy_(source), device, clock)
 
 
-def dense_flops(spec: ModelSpec, read_px: int, *, margin_px: int = 0) -> int:
-    """Count the FLOPs (2 a multiply-add) of one window, without computing it.
+def dense_flops(spec: ModelSpec, sizes: Iterable[tuple[int, int]], *, margin_px: int = 0) -> int:
+    """Count the FLOPs (2 a multiply-add) of windows, without computing them.
 
     Only convolutions and products count: 0 for a network that has none.
 
     Args:
         spec: of the network.
-        read_px: side of the window.
+        sizes: width and height of each window.
         margin_px: what of it on every side only the encoder sees.
     """
+    how = {"margin": margin_px} if margin_px else {}
+    total = 0
     with torch.device("meta"):
         network = build_network(spec).eval()
-        pixels = torch.empty(1, 3, read_px, read_px)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(pixels, **({"margin": margin_px} if margin_px else {}))
-    return int(counter.get_total_flops())
+    for (width, height), count in Counter(sizes).items():
+        pixels = torch.empty(1, 3, height, width, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(pixels, **how)
+        total += count * int(counter.get_total_flops())
+    return total
 
 
 def describe_device(device: str) -> str:

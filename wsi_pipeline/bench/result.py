@@ -98,8 +98,9 @@ class BenchResult:
         )
         yield (
             f"{'work':<9}{options['tiles']} tiles of {options['tile_px']} + 2 x "
-            f"{options['halo_px']} px in batches of {options['batch_size']} (each pixel read "
-            f"{options['redundancy']:.2f} times, a tile's arithmetic done "
+            f"{options['halo_px']} px in batches of {options['batch_size']}, "
+            f"{options['computed_share']:.0%} of them computed (each pixel read "
+            f"{options['redundancy']:.2f} times, its arithmetic done "
             f"{options['flops_redundancy']:.2f} times): {self.mpx:.2f} Mpx, "
             f"{self.mm2:.3f} mm2 of tissue"
         )

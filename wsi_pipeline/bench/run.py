@@ -74,10 +74,11 @@ def bench(
 def _facts(subject: Subject, options: BenchOptions, clock: Clock) -> dict[str, dict[str, Any]]:
     """Say what was measured with what; names of files only, no folders, no host."""
     slide, tiles, predictor = subject.slide, subject.tiles, subject.predictor
-    read = sum(tile.read.area for tile in tiles.tiles)
+    read, whole = [tile.read.size for tile in tiles.tiles], len(tiles.tiles) * tiles.tile_px**2
     rate = matrix_rate(predictor.device, predictor.precision, clock=clock)
-    done = dense_flops(predictor.spec, tiles.read_px, margin_px=predictor.margin_px)
-    wanted = dense_flops(predictor.spec, tiles.tile_px)
+    done = dense_flops(predictor.spec, read, margin_px=predictor.margin_px)
+    wanted = dense_flops(predictor.spec, [tile.computed.size for tile in tiles.tiles])
+    pixels = tiles.read_px**2
     return {
         "machine": {
             "device": describe_device(predictor.device),
@@ -97,7 +98,7 @@ def _facts(subject: Subject, options: BenchOptions, clock: Clock) -> dict[str, d
             "name": subject.bundle.name,
             "sha256": subject.bundle.digest,
             "architecture": subject.bundle.spec.architecture,
-            "flops_per_px": dense_flops(predictor.spec, tiles.read_px) / tiles.read_px**2,
+            "flops_per_px": dense_flops(predictor.spec, [(tiles.read_px,) * 2]) / pixels,
         },
         "options": {
             "device": predictor.device,
@@ -105,7 +106,8 @@ def _facts(subject: Subject, options: BenchOptions, clock: Clock) -> dict[str, d
             "tiles": len(tiles.tiles),
             "tile_px": tiles.tile_px,
             "halo_px": tiles.halo_px,
-            "redundancy": read / (subject.mpx * 1e6),
+            "computed_share": sum(tile.computed.area for tile in tiles.tiles) / whole,
+            "redundancy": sum(tile.read.area for tile in tiles.tiles) / (subject.mpx * 1e6),
             "flops_redundancy": done / wanted if wanted else 1.0,
             "batch_size": predictor.batch_size,
             "decode_threads": predictor.workers,

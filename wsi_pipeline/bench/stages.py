@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,7 +83,7 @@ def _read(subject: Subject) -> Stage:
 
     def work() -> None:
         for window in slide.read_windows(tiles.grid, boxes, threads=threads):
-            batch[:] = window
+            batch[: window.shape[0], : window.shape[1]] = window
 
     def least() -> None:
         slide.decode(tiles.grid, boxes, threads=threads)
@@ -117,14 +117,16 @@ class HeldWindows:
     """Windows of a slide in memory; reading costs nothing."""
 
     windows: tuple[Pixels, ...]
-    """(S, S, 3), each of the size that is asked for."""
+    """(S, S, 3), of the largest size that is asked for."""
 
     @classmethod
     def of(cls, subject: Subject) -> HeldWindows:
         """Read the windows of a subject's first tiles."""
         tiles = subject.tiles
         count = max(1, HELD_BYTES // (3 * tiles.read_px**2))
-        boxes = [tile.read for tile in tiles.tiles[:count]]
+        side = tiles.read_px
+        corners = [(tile.read.x, tile.read.y) for tile in tiles.tiles[:count]]
+        boxes = [Box(x=x, y=y, width=side, height=side) for x, y in corners]
         windows = subject.slide.read_windows(tiles.grid, boxes, threads=subject.predictor.workers)
         return cls(tuple(window.copy() for window in windows))
 
@@ -136,15 +138,16 @@ class HeldWindows:
         threads: int,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Pixels]:
-        """Yield a window for each box, in turn."""
-        yield from islice(cycle(self.windows), len(boxes))
+        """Yield a window for each box, in turn: as much of it as the box is large."""
+        for box, window in zip(boxes, cycle(self.windows), strict=False):
+            yield window[: box.height, : box.width]
 
 
 def _network(subject: Subject) -> Stage:
     predictor, tiles = subject.predictor, subject.tiles
     held = HeldWindows.of(subject)
-    flops = dense_flops(predictor.spec, tiles.read_px, margin_px=predictor.margin_px)
-    flops *= len(tiles.tiles)
+    sizes = [tile.read.size for tile in tiles.tiles]
+    flops = dense_flops(predictor.spec, sizes, margin_px=predictor.margin_px)
 
     def work() -> None:
         for _ in predictor.predict(held, tiles):
@@ -164,13 +167,13 @@ def _network(subject: Subject) -> Stage:
 
 
 def network_bytes(subject: Subject) -> int:
-    """Return the bytes that must move once: windows in, maps of the write boxes out."""
+    """Return the bytes that must move once: windows in, maps of what is predicted out."""
     tiles, total = subject.tiles, 0
     for tile in tiles.tiles:
         total += 3 * tile.read.area
         for key, head in subject.predictor.spec.maps.items():
             channels = len(head.prob_channels) if key.endswith("/prob") else 1
-            total += channels * tile.write.coarsen(head.stride).area
+            total += channels * tile.predicted.coarsen(head.stride).area
     return total
 
 

@@ -105,8 +105,8 @@ class Subject:
 
     @property
     def mpx(self) -> float:
-        """Million pixels that the tiles write: what every rate counts."""
-        return sum(tile.write.area for tile in self.tiles.tiles) / 1e6
+        """Million pixels that the tiles predict: what every rate counts."""
+        return sum(tile.predicted.area for tile in self.tiles.tiles) / 1e6
 
     @property
     def mm2(self) -> float:

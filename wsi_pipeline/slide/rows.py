@@ -16,12 +16,12 @@ _PANEL_PX = 20480
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """Windows side by side, of one height."""
+    """Windows side by side, at about one height."""
 
     boxes: tuple[Box, ...]
     """Grid pixels."""
     span: Box
-    """The rows of these windows, the columns of their whole panel; grid pixels."""
+    """The rows that these windows have together, the columns of their whole panel; grid pixels."""
     canvas: Box
     """The whole tiles that cover the span; plane pixels."""
     until: int
@@ -30,22 +30,25 @@ class Row:
 
 def plan_rows(sampling: Sampling, boxes: Sequence[Box]) -> list[Row]:
     """Group windows into rows and rows into panels, and lay out their canvases."""
+    widest, highest = (max((box.size[axis] for box in boxes), default=0) for axis in (0, 1))
     lines: list[list[Box]] = []
+    spans: list[Box] = []
     for box in boxes:
-        last = lines[-1][-1] if lines else None
+        # Windows that are fitted to the tissue are of other heights than those beside them.
+        span = _around([spans[-1], box]) if spans else box
         is_beside = (
-            last is not None
-            and (box.y, box.height) == (last.y, last.height)
-            and box.x >= last.x
+            bool(spans)
+            and box.x >= lines[-1][-1].x
+            and span.height <= highest
             # the next panel may begin at the same height
-            and box.x1 - lines[-1][0].x <= max(_PANEL_PX, box.width)
+            and span.width <= max(_PANEL_PX, box.width)
         )
         if is_beside:
             lines[-1].append(box)
+            spans[-1] = span
         else:
             lines.append([box])
-    spans = [_around(line) for line in lines]
-    widest = max((box.width for box in boxes), default=0)
+            spans.append(box)
     panel: list[int] = []
     edges = (0, 0)
     rows: list[Row] = []
