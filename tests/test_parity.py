@@ -63,6 +63,14 @@ def assert_same(found, expected):
         assert np.concatenate([b.ravel() for b in blocks_of_key]).std() > 1  # there is something
 
 
+def distances(found, expected):
+    """Return the mean difference by map."""
+    return {
+        key: np.mean([np.abs(a - b).mean() for a, b in zip(found[key], maps, strict=True)])
+        for key, maps in expected.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def expected(tissue):
     return maps_of(tissue)
@@ -104,19 +112,20 @@ def test_a_compiler_sees_network_and_heads_as_one_graph(tissue, expected, precis
 
 
 def test_maps_doubled_in_bf16_are_as_near_to_float32_as_torch_comes(tissue, expected, monkeypatch):
-    def distance(found):
-        return {
-            key: np.mean([np.abs(a - b).mean() for a, b in zip(found[key], maps, strict=True)])
-            for key, maps in expected.items()
-        }
-
-    ours = distance(maps_of(tissue, precision="bf16"))
+    ours = distances(maps_of(tissue, precision="bf16"), expected)
     double = partial(torch.nn.functional.interpolate, scale_factor=2, mode="bilinear")
     monkeypatch.setattr(blocks, "_doubled", double)
-    torchs = distance(maps_of(tissue, precision="bf16"))
+    torchs = distances(maps_of(tissue, precision="bf16"), expected)
     for key, value in ours.items():
         assert 0 < value <= 1.1 * torchs[key] + 0.01, key
         assert value != torchs[key], key  # it is ours that was left out
+
+
+def test_bf16_is_nearer_to_float32_than_plain_rounding(tissue, expected, monkeypatch):
+    ours = distances(maps_of(tissue, precision="bf16"), expected)
+    monkeypatch.setattr(inference, "to_half", lambda _network, _dtype: None)
+    plain = distances(maps_of(tissue, precision="bf16"), expected)
+    assert 0 < sum(ours.values()) < 0.75 * sum(plain.values())
 
 
 def test_the_comparison_of_objects_can_fail():

@@ -19,6 +19,7 @@ __all__ = [
     "DoubledSum",
     "FusedConv",
     "Logits",
+    "PixelShares",
     "begin_undecided",
     "check_input",
     "conv_unit",
@@ -86,6 +87,16 @@ class FusedConv(nn.Module):
 
 class Logits(nn.Conv2d):
     """The last convolution of a head: its results are floats, whatever the others compute in."""
+
+
+class PixelShares(nn.Module):
+    """Pixels 0..255 as shares of ``most``."""
+
+    most: float = 255
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Divide pixels."""
+        return x_BCHW / self.most
 
 
 class DoubledSum(nn.Module):

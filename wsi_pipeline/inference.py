@@ -37,6 +37,7 @@ from wsi_pipeline.eight_bit import pixel_levels, to_eight_bits
 from wsi_pipeline.errors import JobError, ModelBundleError, OutOfMemoryError
 from wsi_pipeline.feeding import WAITING_BATCHES, Batch, Feeder, WindowReader
 from wsi_pipeline.fixed_images import golden_tiles
+from wsi_pipeline.half import to_half
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.memory import CANVASES, Demand, Sizes, fit_sizes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
@@ -109,6 +110,8 @@ class TorchPredictor:
         fold_batch_norms(network)
         if precision == "int8":
             to_eight_bits(network, golden_tiles(spec.mpp).values())
+        elif DTYPES[precision] is not torch.float32:
+            to_half(network, DTYPES[precision])
         keep_to_one_kernel(network)
         network = network.to(device=device, dtype=DTYPES[precision])
         self._network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

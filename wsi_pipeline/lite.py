@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from wsi_pipeline.blocks import (
     BasicBlock,
     Logits,
+    PixelShares,
     begin_undecided,
     check_input,
     conv_unit,
@@ -68,6 +69,7 @@ class CerberusLite(nn.Module):
             raise ModelBundleError(msg)
         scales = scales or {}
         _check_heads(heads, scales)
+        self.shares = PixelShares()
         self.encoder = _Encoder(widths, blocks)
         self.heads = nn.ModuleDict()
         for head in heads:
@@ -97,7 +99,7 @@ class CerberusLite(nn.Module):
             ``(n, C, H / scale, W / scale)`` logits a head, without the margin.
         """
         check_input(x_BCHW)
-        maps = cropped(self.encoder(x_BCHW / 255), margin, SCALES)
+        maps = cropped(self.encoder(self.shares(x_BCHW)), margin, SCALES)
         logits = {}
         for name, head in self.heads.items():
             if rows is not None and name not in rows:

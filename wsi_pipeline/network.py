@@ -42,6 +42,7 @@ from wsi_pipeline.blocks import (
     BasicBlock,
     DoubledSum,
     Logits,
+    PixelShares,
     begin_undecided,
     check_input,
     conv_unit,
@@ -136,6 +137,7 @@ class Cerberus(nn.Module):
         super().__init__()
         if len(widths) != 4 or len(blocks) != 4:
             raise ModelBundleError(f"four widths and blocks wanted, not {widths} and {blocks}")
+        self.shares = PixelShares()
         self.encoder = _Encoder(widths, blocks)
         self.project = nn.Conv2d(widths[3], widths[2], 1, bias=False)
         self.heads = nn.ModuleDict()
@@ -171,7 +173,7 @@ class Cerberus(nn.Module):
             both without the margin.
         """
         check_input(x_BCHW)
-        maps = self.encoder(x_BCHW / 255)
+        maps = self.encoder(self.shares(x_BCHW))
         *skips, inner = cropped(maps, margin, SCALES)
         wanted = {n: head for n, head in self.heads.items() if rows is None or n in rows}
         patches = [isinstance(head, _PatchHead) for head in wanted.values()]
