@@ -41,7 +41,9 @@ from wsi_pipeline.synth.write import encode_jpeg
 FULL_SIZE = 65_000, 26_000
 FULL_WIDTHS = [64, 128, 256, 512]
 _TILE, _PATTERN = 256, 4096
-_SPOTS = [(x, y) for y in (0.3, 0.7) for x in (0.03, 0.2, 0.6, 0.97)]
+_SPOTS = [(x, y) for y in (0.3, 0.7) for x in (0.03, 0.2, 0.6, 0.96)]
+_PARTS = [(32, 32), (20, 32), (32, 32), (32, 11), (32, 32), (26, 18), (32, 28), (32, 32)]
+"""How much of its tile each covers, of 32 x 32: windows are fitted, and sizes change to and fro."""
 
 
 def peak_of_run(slide: Path, out: Path, more: Sequence[str]) -> dict[str, object]:
@@ -150,13 +152,13 @@ def reduced(pattern: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
 
 
 def write_spots(path: Path, size: tuple[int, int]) -> None:
-    """Write a mask of some spots that are smaller than a tile, spread over a slide."""
+    """Write a mask of some spots, a tile or less, spread over a slide."""
     width, height = size[0] // 64, size[1] // 64
     mask = np.zeros((height, width), np.uint8)
-    for x, y in _SPOTS:
-        # In the middle of a tile of 1024 px at 0.5 um: 32 pixels of this mask.
-        left, top = int(x * width) // 32 * 32 + 8, int(y * height) // 32 * 32 + 8
-        mask[top : top + 16, left : left + 16] = 255
+    for (x, y), (wide, high) in zip(_SPOTS, _PARTS, strict=True):
+        # A tile of 1024 px at 0.5 um is 32 pixels of this mask.
+        left, top = int(x * width) // 32 * 32, int(y * height) // 32 * 32
+        mask[top : top + high, left : left + wide] = 255
     Image.fromarray(mask).save(path)
 
 
