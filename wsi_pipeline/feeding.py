@@ -123,9 +123,10 @@ class Feeder:
         for start in range(0, len(tiles), self._batch_size):
             part = tiles[start : start + self._batch_size]
             width, height = part[0].read.size
-            pixels = torch.zeros(
+            pixels = torch.empty(
                 (self._batch_size, height, width, 3), dtype=torch.uint8, pin_memory=self._pin
             )
+            pixels[len(part) :] = 0
             into = pixels.numpy()
             for index in range(len(part)):
                 window = next(windows, None)
