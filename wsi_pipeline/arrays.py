@@ -18,7 +18,7 @@ from wsi_pipeline.ome import create_array, oddity
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import TileGrid
 
-__all__ = ["ChunkCache", "make_template", "open_arrays"]
+__all__ = ["BLOCKS", "ChunkCache", "make_template", "open_arrays"]
 
 Pixels = NDArray[np.uint8]
 Shape = tuple[int, ...]
