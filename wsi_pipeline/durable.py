@@ -41,7 +41,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Numbers of the errors "no space left" and "quota exceeded"."""
 ABANDONED_S = 3600.0
 """No process writes a small file for so long."""
-_SYNCS = 8
+_SYNCS = 16
 """Files that wait for the disk together."""
 
 
