@@ -49,6 +49,12 @@ class Books:
         return sorted(number for group in self.groups for number in group)
 
 
+def hand(writers, numbers):
+    with writers:
+        for number in numbers:
+            writers.hand(Block(number))
+
+
 def until(condition):
     for _ in range(LONG * 1000):
         if condition():
@@ -106,13 +112,13 @@ def test_the_disk_holds_up_nobody_until_it_is_far_behind(books, monkeypatch):
         writers.hand(Block(0))
         assert books.begun.wait(LONG)
 
-        def hand():
+        def network():
             for number in range(1, 20):
                 writers.hand(Block(number))
                 handed.append(number)
 
-        network = threading.Thread(target=hand)
-        network.start()
+        other = threading.Thread(target=network)
+        other.start()
         # one with the disk, three that wait for it, two with the writers that cannot pass them on
         until(lambda: len(books.written) == 1 + 3 + threads)
         until(lambda: len(handed) == 3 + threads + 1)
@@ -120,7 +126,7 @@ def test_the_disk_holds_up_nobody_until_it_is_far_behind(books, monkeypatch):
         assert len(books.written) == 1 + 3 + threads
         assert len(handed) == 3 + threads + 1, "one more waits for a writer"
         books.go_on.set()
-        network.join()
+        other.join()
     assert books.committed == [*range(20)]
     assert max(map(len, books.groups)) <= 3
 
@@ -144,63 +150,54 @@ def test_a_block_that_fails_takes_no_other_along(books):
             raise ValueError("not this one")
         return books.write(block)
 
-    with (
-        pytest.raises(ValueError, match="not this one"),
-        Writers(write, books.commit, threads=1) as writers,
-    ):
-        for number in range(4):
-            writers.hand(Block(number))
+    with pytest.raises(ValueError, match="not this one"):
+        hand(Writers(write, books.commit, threads=1), range(4))
     assert {0, 1} <= set(books.committed)
     assert sorted(books.written) == books.committed
 
 
-@pytest.mark.parametrize("number", [0, 9], ids=["while blocks come", "at the end"])
-def test_a_commit_that_fails_is_told_and_ends_the_writing(books, number):
-    books.fail_at = 0
-    books.go_on.clear()
-    handed = []
-    with (
-        pytest.raises(OSError, match="No space left"),
-        Writers(books.write, books.commit, threads=2) as writers,
-    ):
-        for at in range(1000):
-            writers.hand(Block(at))
-            handed.append(at)
-            if at == number:
-                books.go_on.set()
-                if number:
-                    break
-    assert not books.groups
-    assert len(handed) < 1000 or not number
-    assert set(books.written) <= set(range(len(handed) + 1))
+@pytest.mark.parametrize("count", [3, 1000], ids=["at the end", "while blocks come"])
+def test_a_commit_that_fails_is_told_and_ends_the_writing(books, count):
+    books.fail_at = 1
+
+    def numbers():
+        for number in range(count):
+            yield number
+            if number == 0:
+                until(lambda: books.groups)
+
+    with pytest.raises(OSError, match="No space left"):
+        hand(Writers(books.write, books.commit, threads=2), numbers())
+    assert books.groups == [[0]]
+    assert len(books.written) < 1000
 
 
 def test_who_waits_for_room_hears_of_a_commit_that_fails(books, monkeypatch):
     monkeypatch.setattr(committing, "MOST_WRITTEN", 1)
     books.fail_at = 0
     books.go_on.clear()
-    with (
-        pytest.raises(OSError, match="No space left"),
-        Writers(books.write, books.commit, threads=1) as writers,
-    ):
-        writers.hand(Block(0))
+
+    def numbers():
+        yield 0
         assert books.begun.wait(LONG)
-        for number in (1, 2):  # one waits for the disk, one with the writer
-            writers.hand(Block(number))
+        yield from (1, 2)  # one waits for the disk, one with the writer
         until(lambda: len(books.written) == 3)
         books.go_on.set()
+
+    with pytest.raises(OSError, match="No space left"):
+        hand(Writers(books.write, books.commit, threads=1), numbers())
 
 
 def test_what_was_handed_over_is_committed_when_its_giver_fails(books):
     books.go_on.clear()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        Writers(books.write, books.commit, threads=2) as writers,
-    ):
-        for number in range(4):
-            writers.hand(Block(number))
+
+    def numbers():
+        yield from range(4)
         books.go_on.set()
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hand(Writers(books.write, books.commit, threads=2), numbers())
     assert books.committed == [0, 1, 2, 3]
 
 

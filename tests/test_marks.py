@@ -168,9 +168,11 @@ def test_a_commit_waits_for_the_disk_twice_however_many_blocks_it_is_for(tmp_pat
     root = partial_path(tmp_path / "a.zarr")
     inside = root / "cells" / "prob" / "c"
     assert {str(inside.parent), str(inside), str(inside / "0"), str(inside / "0" / "1")} <= before
-    after = [path for _, path in disk.events[first + rows :]]
+    after = {path for _, path in disk.events[first + rows :]}
     marks = root / "blocks" / "c"
-    assert {str(marks.parent), str(marks), *(str(marks / f"{n}") for n in range(rows))} <= set(after)
+    assert {str(marks.parent), str(marks), *(str(marks / f"{n}") for n in range(rows))} <= set(
+        after
+    )
     assert all(path.startswith(str(root)) for path in (*before, *after))
 
 
