@@ -1,6 +1,7 @@
 """What a power cut leaves of a store: blocks that are marked are whole, whenever it comes."""
 
 import os
+import shutil
 import stat
 import threading
 from pathlib import Path
@@ -76,9 +77,15 @@ class Disk:
         else:
             self._files[facts.st_ino] = os.pread(descriptor, facts.st_size, 0)
 
-    def restore(self, folder, target):
-        """Make what is left of a folder somewhere else."""
-        self._restore(os.stat(folder).st_ino, target)
+    def restore(self, folder, target, *, names):
+        """Make what is left of a folder somewhere else: names that were synced, or all names."""
+        if names == "all":
+            shutil.copytree(folder, target, copy_function=self._copy)
+        else:
+            self._restore(os.stat(folder).st_ino, target)
+
+    def _copy(self, source, target):
+        Path(target).write_bytes(self._files.get(os.stat(source).st_ino, b""))
 
     def _restore(self, number, target):
         target.mkdir()
@@ -123,34 +130,33 @@ def undisturbed(tmp_path_factory):
         return tree(store.seal().path), events
 
 
-def test_wherever_the_power_goes_what_is_marked_is_whole(tmp_path, undisturbed):
+@pytest.mark.parametrize("names", ["synced", "all"])
+def test_wherever_the_power_goes_what_is_marked_is_whole(tmp_path, monkeypatch, undisturbed, names):
+    """File systems may write names at any time, with or without what they stand for."""
+    monkeypatch.setattr("wsi_pipeline.pyramid.COARSEST_PX", 300)
     wanted, events = undisturbed
     assert len(events) > 40
     for cut_at in range(len(events) + 1):
         folder, left = tmp_path / f"{cut_at}", tmp_path / f"{cut_at}-left"
         folder.mkdir()
-        committed = set()
+        committed, where = set(), f"{cut_at}: {events[cut_at:][:1]}"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("wsi_pipeline.pyramid.COARSEST_PX", 300)
             disk = Disk(patch, cut_at)
             try:
                 fill(make(folder / "a.zarr"), committed)
             except Cut:
                 assert cut_at < len(events)
-            disk.restore(folder, left)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("wsi_pipeline.pyramid.COARSEST_PX", 300)
-            again = make(left / "a.zarr")
-            marked = set(TILES.tiles) - set(again.missing(TILES).tiles)
-            assert committed <= marked, f"{cut_at}: {events[cut_at:][:1]}"
-            for tile in marked:
-                np.testing.assert_array_equal(
-                    again.read("cells/prob", tile.write),
-                    PIXELS[(..., *tile.write.slices)],
-                    err_msg=f"{cut_at}: {events[cut_at:][:1]}",
-                )
+            disk.restore(folder, left, names=names)
+        again = make(left / "a.zarr")
+        marked = set(TILES.tiles) - set(again.missing(TILES).tiles)
+        assert committed <= marked, where
+        for tile in marked:
+            np.testing.assert_array_equal(
+                again.read("cells/prob", tile.write), PIXELS[(..., *tile.write.slices)], where
+            )
+        if cut_at % 3 == 0:
             fill(again, set())
-            assert tree(again.seal().path) == wanted
+            assert tree(again.seal().path) == wanted, where
 
 
 def test_a_commit_waits_for_the_disk_twice_however_many_blocks_it_is_for(tmp_path, monkeypatch):
