@@ -409,6 +409,21 @@ def test_a_store_that_is_away_while_it_is_described_is_not_sealed(tmp_path, monk
     assert tree(make(tmp_path / "a.zarr")[0].seal().path) == tree(whole.seal().path)
 
 
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"zarr_format": 3, "node_type": "group"}'])
+def test_a_coarser_map_that_was_torn_is_made_again(tmp_path, monkeypatch, text):
+    """A power cut may leave the name of a file without what it held."""
+    monkeypatch.setattr("wsi_pipeline.pyramid.COARSEST_PX", 200)
+    whole, tiles = make(tmp_path / "b.zarr")
+    fill(whole, tiles)
+    store, _ = make(tmp_path / "a.zarr")
+    fill(store, tiles, 2)
+    (store.path / "cells" / "prob_2x" / "zarr.json").write_text(text)
+    again, _ = make(tmp_path / "a.zarr")
+    assert len(again.missing(tiles).tiles) == len(tiles.tiles) - 2
+    fill(again, tiles)
+    assert tree(again.seal().path) == tree(whole.seal().path)
+
+
 def halved(pixels):
     """The mean of 2 x 2 pixels, the last ones repeated."""
     odd = [(0, side % 2) for side in pixels.shape[-2:]]

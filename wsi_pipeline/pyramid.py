@@ -59,10 +59,10 @@ class Pyramid:
         while max(self.levels[-1].shape[-2:]) > COARSEST_PX:
             finer, name = self.levels[-1], f"{key}_{2 ** len(self.levels)}x"
             shape = (*finer.shape[:-2], *(-(-side // 2) for side in finer.shape[-2:]))
-            made = name in group and not oddity(_array(group, name), shape, finer.chunks)
-            self.levels.append(
-                _array(group, name) if made else create_array(group, name, shape, finer.chunks)
-            )
+            made = _found(group, name, shape, finer.chunks)
+            if made is None:
+                made = create_array(group, name, shape, finer.chunks)
+            self.levels.append(made)
         self._files = [
             ChunkFiles(folder / level.path, shape=level.shape, chunks=level.chunks)
             for level in self.levels
@@ -199,6 +199,17 @@ def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:
     if not isinstance(array, zarr.Array):
         raise TypeError(f"{key} is not an array")
     return array
+
+
+def _found(
+    group: zarr.Group, key: str, shape: tuple[int, ...], chunks: tuple[int, ...]
+) -> zarr.Array[Any] | None:
+    """Return an array that was made before; None where it is absent, another, or torn."""
+    try:
+        array = _array(group, key)
+    except (KeyError, ValueError, TypeError):
+        return None
+    return None if oddity(array, shape, chunks) else array
 
 
 def _fours(grid: NDArray[Any]) -> NDArray[Any]:
