@@ -12,13 +12,13 @@ from numcodecs.zstd import Zstd
 
 from wsi_pipeline.chunks import ChunkFiles, compress
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.ome import create_array
+from wsi_pipeline.ome import create_arrays
 
 
 def array(folder, shape, chunks):
     """An empty array of zarr's making, and its files."""
     group = zarr.create_group(folder, zarr_format=3)
-    made = create_array(group, "head/prob", shape, chunks)
+    made = create_arrays(group, {"head/prob": (shape, chunks)})["head/prob"]
     return made, ChunkFiles(folder / "head/prob", shape=shape, chunks=chunks)
 
 

@@ -1,6 +1,6 @@
 """The files in which a zarr array keeps its chunks, written and read straight.
 
-Our arrays are packed in one way alone (:func:`wsi_pipeline.ome.create_array`): a chunk is one
+Our arrays are packed in one way alone (:func:`wsi_pipeline.ome.create_arrays`): a chunk is one
 Zstandard frame in the file ``c/<index>/<index>/...``, and a chunk of zeros has none. zarr reads
 these files and writes the same bytes; on its way through an event loop, another thread and
 several copies, a chunk takes it many times the work of the compression.
