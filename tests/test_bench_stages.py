@@ -175,19 +175,25 @@ def test_maps_are_written_again_as_they_were(by_name, subject, monkeypatch):
 
 def test_only_the_writing_of_maps_is_timed(by_name, subject, monkeypatch):
     clock = FakeClock()
-    read, write = PredictionStore.read, PredictionStore.write
+    read, put, commit = PredictionStore.read, PredictionStore.put, PredictionStore.commit
+    committed = []
 
     def slow_read(store, key, box):
         clock.spend(1000.0)
         return read(store, key, box)
 
-    def slow_write(store, block, **how):
+    def slow_put(store, block, **how):
         clock.spend(1.0)
-        return write(store, block, **how)
+        return put(store, block, **how)
+
+    def noted(store, written, threads):
+        committed.extend(written)
+        commit(store, written, threads)
 
     monkeypatch.setattr(PredictionStore, "read", slow_read)
-    monkeypatch.setattr(PredictionStore, "write", slow_write)
-    assert by_name["maps"].work(clock) == len(subject.tiles.tiles)
+    monkeypatch.setattr(PredictionStore, "put", slow_put)
+    monkeypatch.setattr(PredictionStore, "commit", noted)
+    assert by_name["maps"].work(clock) == len(subject.tiles.tiles) == len(committed)
 
 
 def test_the_scan_sees_each_pixel_of_the_object_maps_once(by_name, subject, monkeypatch):

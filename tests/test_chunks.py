@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs.zstd import Zstd
 
-from wsi_pipeline.chunks import ChunkFiles, compress, sync_chunks
+from wsi_pipeline.chunks import ChunkFiles, compress
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.ome import create_array
+from wsi_pipeline.ome import create_arrays
 
 
 def array(folder, shape, chunks):
     """An empty array of zarr's making, and its files."""
     group = zarr.create_group(folder, zarr_format=3)
-    made = create_array(group, "head/prob", shape, chunks)
+    made = create_arrays(group, {"head/prob": (shape, chunks)})["head/prob"]
     return made, ChunkFiles(folder / "head/prob", shape=shape, chunks=chunks)
 
 
@@ -118,14 +118,3 @@ def test_a_write_that_fails_leaves_the_old_chunk_and_no_other_file(tmp_path, mon
         files.write(0, 0, np.full((8, 8), 2, np.uint8))
     monkeypatch.undo()
     assert tree(tmp_path / "a") == before
-
-
-def test_chunks_are_synced_before_their_names_and_folders_once(tmp_path, monkeypatch):
-    _, files = array(tmp_path / "a", (8, 8), (4, 4))
-    ones = np.ones((4, 4), np.uint8)
-    paths = [files.write(row, column, ones) for row in range(2) for column in range(2)]
-    events = []
-    monkeypatch.setattr("wsi_pipeline.durable.sync", events.append)
-    sync_chunks(paths)
-    assert sorted(events[:4]) == sorted(paths)
-    assert sorted(events[4:]) == sorted({path.parent for path in paths})

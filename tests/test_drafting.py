@@ -70,7 +70,7 @@ def no_thread_is_left():
     left = [thread for thread in threading.enumerate() if thread not in before]
     for thread in left:
         thread.join(LONG)
-    ours = ("draft", "writer", "objects", "ThreadPoolExecutor")
+    ours = ("draft", "writer", "committer", "sync", "objects", "ThreadPoolExecutor")
     assert not [t.name for t in left if t.is_alive() and t.name.startswith(ours)]
 
 

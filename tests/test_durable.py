@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import threading
 
 import pytest
 
@@ -13,6 +14,7 @@ from wsi_pipeline.durable import (
     sweep,
     sweep_shared,
     sync_all,
+    sync_threads,
     sync_tree,
 )
 from wsi_pipeline.errors import DiskFullError
@@ -144,3 +146,27 @@ def test_an_error_of_one_sync_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("wsi_pipeline.durable.sync", fail)
     with pytest.raises(OSError, match="bad sector"):
         sync_all([tmp_path / str(n) for n in range(9)])
+
+
+def test_syncs_can_share_their_threads(tmp_path, monkeypatch):
+    seen = set()
+
+    def note(_):
+        seen.add(threading.current_thread())
+
+    monkeypatch.setattr("wsi_pipeline.durable.sync", note)
+    with sync_threads() as threads:
+        for _ in range(3):
+            sync_all([tmp_path / str(n) for n in range(40)], threads)
+        assert seen <= set(threads._threads)
+
+
+def test_folders_that_are_on_the_disk_are_left_out(tmp_path, monkeypatch):
+    for name in ("a/b/1", "a/c/2", "3"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    synced = []
+    monkeypatch.setattr("wsi_pipeline.durable.sync", synced.append)
+    sync_tree(tmp_path, [tmp_path / "a" / "b"])
+    expected = ["3", "a/c/2", ".", "a", "a/c"]
+    assert sorted(synced) == sorted(tmp_path / name for name in expected)

@@ -1,6 +1,5 @@
 """The prediction store: whole chunks, resume, seal, and what other tools make of it."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from wsi_pipeline import durable
 from wsi_pipeline.durable import partial_path
 from wsi_pipeline.errors import DiskFullError, FolderGoneError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
+from wsi_pipeline.pyramid import Pyramid
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
 from wsi_pipeline.store import PredictionBlock, PredictionStore, open_maps
 from wsi_pipeline.tiling import TileGrid
@@ -286,22 +286,45 @@ def test_independent_validator_accepts_the_root_and_every_head(sealed, large):
         assert "Valid" in done.stdout
 
 
-def test_a_block_is_on_the_disk_before_it_is_marked(tmp_path, monkeypatch):
-    """A power cut may take whatever was not synced, but never the pixels of a marked block."""
+def test_a_block_can_be_read_before_it_is_marked(tmp_path):
     store, tiles = make(tmp_path / "a.zarr")
-    events = []
-    real, mark = durable.sync, store._mark
-    monkeypatch.setattr(durable, "sync", lambda path: (events.append(path), real(path)))
-    monkeypatch.setattr(store, "_mark", lambda *how: (events.append("mark"), mark(*how)))
-    store.write(block(store, tiles.tiles[0]))
-    files = [p for p in store.path.rglob("c/**/*") if p.is_file() and "blocks" not in p.parts]
-    chunks = {p for p in files if not re.search(r"_\d+x/", str(p))}  # pyramids are made anew
-    assert len(chunks) == len(store.keys)
-    assert chunks <= set(events[: events.index("mark")])
+    tile = tiles.tiles[0]
+    written = store.put(block(store, tile))
+    np.testing.assert_array_equal(
+        store.read("cells/prob", tile.write), truth("cells/prob")[(..., *tile.write.slices)]
+    )
+    assert store.missing(tiles) == tiles
+    assert make(tmp_path / "a.zarr")[0].missing(tiles) == tiles
+    store.commit([written])
+    assert tile not in store.missing(tiles).tiles
+    assert tile not in make(tmp_path / "a.zarr")[0].missing(tiles).tiles
+
+
+def test_a_store_that_is_sealed_syncs_no_chunk_of_a_block_again(tmp_path, monkeypatch):
+    store, tiles = make(tmp_path / "a.zarr")
+    fill(store, tiles)
+    synced, real = [], durable.sync
+    monkeypatch.setattr(durable, "sync", lambda path: (synced.append(path), real(path)))
+    store.seal()
+    inside = [path.relative_to(store.path) for path in synced if path != tmp_path]
+    assert {Path(), Path("cells/prob"), Path("cells/prob/zarr.json")} <= set(inside)
+    assert not [path for path in inside if "c" in path.parts]
+
+
+def test_coarser_chunks_are_synced_when_a_store_is_sealed(tmp_path, monkeypatch):
+    monkeypatch.setattr("wsi_pipeline.pyramid.COARSEST_PX", 200)
+    store, tiles = make(tmp_path / "a.zarr")
+    fill(store, tiles)
+    synced, real = [], durable.sync
+    monkeypatch.setattr(durable, "sync", lambda path: (synced.append(path), real(path)))
+    coarse = set((store.path / "cells" / "prob_2x").rglob("*"))
+    assert any(path.name == "0" and path.is_file() for path in coarse)
+    store.seal()
+    assert coarse <= set(synced)
 
 
 def test_no_coarse_chunk_is_made_of_a_map_that_is_away(tmp_path, monkeypatch):
-    """A mount that goes after a block was marked, and comes back before the next one."""
+    """A mount that goes after a block was written, and comes back before the next one."""
     grid = PixelGrid(origin=(0.0, 0.0), spacing=(1.0, 1.0), size=(1024, 1024))
     tiles = TileGrid.cover(grid, tile_px=512, halo_px=0)
     spec = ModelSpec(
@@ -315,21 +338,51 @@ def test_no_coarse_chunk_is_made_of_a_map_that_is_away(tmp_path, monkeypatch):
     ]
     for one in blocks[:-1]:
         store.write(one)
-    mark = store._mark
+    update = Pyramid.update
 
-    def marked_then_away(*args):
-        mark(*args)
+    def away_before_it_is_updated(*args):
         store.path.rename(tmp_path / "away")
+        update(*args)
 
-    monkeypatch.setattr(store, "_mark", marked_then_away)
-    with pytest.raises(FolderGoneError):
-        store.write(blocks[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(Pyramid, "update", away_before_it_is_updated)
+        with pytest.raises(FolderGoneError):
+            store.put(blocks[-1])
     assert not store.path.exists(), "nothing is made in its place"
     (tmp_path / "away").rename(store.path)
     again = PredictionStore.create(tmp_path / "a.zarr", **how)
-    assert not again.missing(tiles).tiles
+    (missing,) = again.missing(tiles).tiles
+    assert missing == blocks[-1].tile
+    again.write(blocks[-1])
     sealed = zarr.open_group(again.seal().path, mode="r")
     assert sealed["cells/prob_2x"][:].all()
+
+
+def test_blocks_are_not_committed_to_a_store_that_is_away(tmp_path):
+    store, tiles = make(tmp_path / "a.zarr")
+    written = [store.put(block(store, tile)) for tile in tiles.tiles[:2]]
+    store.path.rename(tmp_path / "away")
+    with pytest.raises(FolderGoneError):
+        store.commit(written)
+    assert not store.path.exists(), "nothing is made in its place"
+    (tmp_path / "away").rename(store.path)
+    assert make(tmp_path / "a.zarr")[0].missing(tiles) == tiles
+    store.commit(written)
+    assert len(make(tmp_path / "a.zarr")[0].missing(tiles).tiles) == len(tiles.tiles) - 2
+
+
+def test_a_disk_that_is_full_when_blocks_are_committed_is_named(tmp_path, monkeypatch):
+    store, tiles = make(tmp_path / "a.zarr")
+    written = [store.put(block(store, tile)) for tile in tiles.tiles[:2]]
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "sync", full)
+        with pytest.raises(DiskFullError, match="run the same command again"):
+            store.commit(written)
+    assert store.missing(tiles) == tiles
 
 
 def test_a_store_that_is_away_while_it_is_described_is_not_sealed(tmp_path, monkeypatch):
@@ -354,6 +407,21 @@ def test_a_store_that_is_away_while_it_is_described_is_not_sealed(tmp_path, monk
     whole, _ = make(tmp_path / "b.zarr")
     fill(whole, tiles)
     assert tree(make(tmp_path / "a.zarr")[0].seal().path) == tree(whole.seal().path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"zarr_format": 3, "node_type": "group"}'])
+def test_a_coarser_map_that_was_torn_is_made_again(tmp_path, monkeypatch, text):
+    """A power cut may leave the name of a file without what it held."""
+    monkeypatch.setattr("wsi_pipeline.pyramid.COARSEST_PX", 200)
+    whole, tiles = make(tmp_path / "b.zarr")
+    fill(whole, tiles)
+    store, _ = make(tmp_path / "a.zarr")
+    fill(store, tiles, 2)
+    (store.path / "cells" / "prob_2x" / "zarr.json").write_text(text)
+    again, _ = make(tmp_path / "a.zarr")
+    assert len(again.missing(tiles).tiles) == len(tiles.tiles) - 2
+    fill(again, tiles)
+    assert tree(again.seal().path) == tree(whole.seal().path)
 
 
 def halved(pixels):

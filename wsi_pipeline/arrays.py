@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.geometry import PixelGrid
-from wsi_pipeline.ome import create_array, oddity
+from wsi_pipeline.ome import create_arrays, oddity
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.tiling import TileGrid
 
-__all__ = ["ChunkCache", "make_template", "open_arrays"]
+__all__ = ["BLOCKS", "ChunkCache", "make_template", "open_arrays"]
 
 Pixels = NDArray[np.uint8]
 Shape = tuple[int, ...]
@@ -36,8 +36,7 @@ def make_template(
 ) -> zarr.Group:
     """Make the empty arrays of a store; ``meta`` is written last, and says that it is complete."""
     group = zarr.create_group(path, zarr_format=3)
-    for key, (shape, chunks) in _layout(spec, tiles.grid, tiles.tile_px).items():
-        create_array(group, key, shape, chunks)
+    create_arrays(group, _layout(spec, tiles.grid, tiles.tile_px))
     group.attrs["wsi_pipeline"] = dict(meta)
     return group
 

@@ -1,6 +1,6 @@
 """The files in which a zarr array keeps its chunks, written and read straight.
 
-Our arrays are packed in one way alone (:func:`wsi_pipeline.ome.create_array`): a chunk is one
+Our arrays are packed in one way alone (:func:`wsi_pipeline.ome.create_arrays`): a chunk is one
 Zstandard frame in the file ``c/<index>/<index>/...``, and a chunk of zeros has none. zarr reads
 these files and writes the same bytes; on its way through an event loop, another thread and
 several copies, a chunk takes it many times the work of the compression.
@@ -17,10 +17,9 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from wsi_pipeline.durable import sync_all
 from wsi_pipeline.errors import StoreError
 
-__all__ = ["ZSTD_LEVEL", "ChunkFiles", "compress", "sync_chunks"]
+__all__ = ["ZSTD_LEVEL", "ChunkFiles", "compress"]
 
 ZSTD_LEVEL = 1
 
@@ -71,6 +70,21 @@ class ChunkFiles:
             self._require_there()
             path.unlink(missing_ok=True)
             return None
+        beside = self.write_hidden(row, column, pixels)
+        try:
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        return path
+
+    def write_hidden(self, row: int, column: int, pixels: Pixels) -> Path:
+        """Write a chunk, zeros too, beside its place; return the file, for the caller to rename.
+
+        Raises:
+            FileNotFoundError: the array is gone; nothing is made in its place.
+        """
+        path = self.path(row, column)
         if pixels.shape != self.chunks:
             whole = np.zeros(self.chunks, np.uint8)
             whole[tuple(map(slice, pixels.shape))] = pixels
@@ -79,11 +93,10 @@ class ChunkFiles:
         beside = path.with_name(f".{path.name}~{uuid.uuid4().hex}.partial")
         try:
             beside.write_bytes(compress(pixels))
-            os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        return path
+        return beside
 
     def read(self, row: int, column: int) -> Pixels | None:
         """Read the part of a chunk that lies inside the array; None where it has no file.
@@ -131,12 +144,6 @@ class ChunkFiles:
         names = folder.relative_to(self._folder).parts
         for count in range(1, len(names) + 1):
             self._folder.joinpath(*names[:count]).mkdir(exist_ok=True)
-
-
-def sync_chunks(paths: list[Path]) -> None:
-    """Flush chunks, and their names, to the disk."""
-    sync_all(paths)
-    sync_all(list(dict.fromkeys(path.parent for path in paths)))
 
 
 def _zstd_size(frame: bytes) -> int | None:

@@ -12,9 +12,9 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -33,6 +33,7 @@ __all__ = [
     "sweep_shared",
     "sync",
     "sync_all",
+    "sync_threads",
     "sync_tree",
 ]
 
@@ -40,7 +41,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Numbers of the errors "no space left" and "quota exceeded"."""
 ABANDONED_S = 3600.0
 """No process writes a small file for so long."""
-_SYNCS = 8
+_SYNCS = 16
 """Files that wait for the disk together."""
 
 
@@ -118,34 +119,53 @@ def filesystem_time(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def publish_directory(beside: Path, path: Path) -> None:
-    """Sync a finished directory tree and give it its final name, replacing an older one."""
+def publish_directory(beside: Path, path: Path, *, synced: Collection[Path] = ()) -> None:
+    """Sync a finished directory tree and give it its final name, replacing an older one.
+
+    Args:
+        beside: the tree.
+        path: its final name.
+        synced: folders in it that are on the disk already, with all that is in them.
+    """
     with disk_errors(path):
-        sync_tree(beside)
+        sync_tree(beside, synced)
         remove_tree(path)
         os.replace(beside, path)
         sync(path.parent)
 
 
-def sync_tree(root: Path) -> None:
-    """Flush every file and folder below ``root`` to the disk."""
-    tree = [(Path(folder), files) for folder, _, files in os.walk(root)]
+def sync_tree(root: Path, synced: Collection[Path] = ()) -> None:
+    """Flush every file and folder below ``root`` to the disk, but for those that are there."""
+    tree = []
+    for name, below, files in os.walk(root):
+        folder = Path(name)
+        below[:] = [each for each in below if folder / each not in synced]
+        tree.append((folder, files))
     sync_all([folder / name for folder, files in tree for name in files])
     sync_all([folder for folder, _ in tree])
 
 
-def sync_all(paths: Sequence[Path]) -> None:
+def sync_all(paths: Sequence[Path], threads: Executor | None = None) -> None:
     """Flush files, or the names in folders, to the disk, all at once.
 
     One commit of the file system's journal then serves many: one after the other, each waits
     for its own, which takes ten times as long where other programs write, too.
+
+    Args:
+        paths: of files and folders.
+        threads: from :func:`sync_threads`, for whoever syncs again and again; None: new ones.
     """
     if len(paths) == 1:
         sync(paths[0])
     elif paths:
-        with ThreadPoolExecutor(min(_SYNCS, len(paths)), thread_name_prefix="sync") as pool:
+        with sync_threads() if threads is None else nullcontext(threads) as pool:
             for _ in pool.map(sync, paths):
                 pass
+
+
+def sync_threads() -> ThreadPoolExecutor:
+    """Return threads that wait for the disk together; they start as they are needed."""
+    return ThreadPoolExecutor(_SYNCS, thread_name_prefix="sync")
 
 
 def remove_tree(path: Path) -> None:

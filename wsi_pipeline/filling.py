@@ -1,23 +1,23 @@
 """From tiles to maps: the store of a slide, filled block by block.
 
 The network hands its blocks to a few writers and goes on; only when several blocks wait for
-the disk does it wait, too.
+them does it wait, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any, Protocol
 
+from wsi_pipeline.committing import Writers
 from wsi_pipeline.errors import Interrupted, StoreError
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.job import SlideJob, versions
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.spec import ModelSpec
-from wsi_pipeline.store import PredictionBlock, PredictionStore
+from wsi_pipeline.store import PredictionBlock, PredictionStore, WrittenBlock
 from wsi_pipeline.tiling import FIT_STEP_PX, PANEL_PX, Tile, TileGrid
 from wsi_pipeline.tissue import TissueMask
 
@@ -149,39 +149,39 @@ def fill_store(
         tissue: beyond it, maps are blank.
         predictor: the network.
         stop: asked by the predictor before each batch.
-        allowed: called before a block is written; raises if this process must not write any more.
-        wrote: told of every block that is written, from the thread that wrote it.
+        allowed: called before a block is written and before blocks are marked; raises if this
+            process must not write any more.
+        wrote: told of every block that can be read, from the thread that wrote it. The block
+            may not be on the disk yet: who reads it has nothing to show before all are.
         warn: told by the predictor what the user should know.
 
     Yields:
-        Each tile that is predicted; its block may still be on its way to the disk. All blocks
-        are written when the iteration ends, well or not.
+        Each tile that is predicted; its block may still be on its way to the disk. When the
+        iteration ends, well or not, each block is committed, or the error is raised.
 
     Raises:
         Interrupted: ``stop`` said so.
         WsiPipelineError: the slide or the disk is not usable.
     """
 
-    def write(block: PredictionBlock) -> None:
+    def write(block: PredictionBlock) -> WrittenBlock:
         allowed()
         readable = 1 - slide.unreadable_share(store.grid, block.tile.predicted)
-        store.write(_clip(block, store.grid, tissue, predictor.spec), readable=readable)
+        clipped = _clip(block, store.grid, tissue, predictor.spec)
+        written = store.put(clipped, readable=readable)
         wrote(block.tile)
+        return written
+
+    def commit(written: list[WrittenBlock], threads: Executor) -> None:
+        allowed()
+        store.commit(written, threads)
 
     predicted, total = 0, len(missing.tiles)
-    writers = writers_beside(predictor.device)
-    with ThreadPoolExecutor(writers, thread_name_prefix="writer") as pool:
-        pending: deque[Future[None]] = deque()
-        try:
-            for block in predictor.predict(slide, missing, stop=stop, warn=warn):
-                pending.append(pool.submit(write, block))
-                while len(pending) > writers + 1:
-                    pending.popleft().result()
-                predicted += 1
-                yield block.tile
-        finally:
-            for future in pending:
-                future.result()
+    with Writers(write, commit, threads=writers_beside(predictor.device)) as writers:
+        for block in predictor.predict(slide, missing, stop=stop, warn=warn):
+            writers.hand(block)
+            predicted += 1
+            yield block.tile
     if stop():
         raise Interrupted(f"stopped after {predicted} of {total} blocks")
     if predicted < total:

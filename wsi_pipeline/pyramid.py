@@ -27,7 +27,7 @@ from wsi_pipeline.compiled import compiled
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.machine import available_cpus
 from wsi_pipeline.memory import HALVES
-from wsi_pipeline.ome import create_array, oddity
+from wsi_pipeline.ome import create_arrays, oddity
 
 __all__ = ["Pyramid"]
 
@@ -39,6 +39,7 @@ KEPT_BYTES = HALVES
 read again."""
 
 Pixels = NDArray[np.uint8]
+Shape = tuple[int, ...]
 
 
 class Pyramid:
@@ -54,15 +55,13 @@ class Pyramid:
             average: mean of 2 x 2 pixels (probabilities) instead of every second pixel (ids).
         """
         self._halve = _mean_of_cells if average else _first_of_cells
-        self.levels = [_array(group, key)]
+        finest = _array(group, key)
+        layout = _coarser(key, finest.shape, finest.chunks)
+        found = {name: _found(group, name, *how) for name, how in layout.items()}
+        absent = {name: how for name, how in layout.items() if found[name] is None}
+        levels = {**found, **create_arrays(group, absent)}
+        self.levels = [finest, *(level for level in levels.values() if level is not None)]
         """The map itself, then ever coarser ones."""
-        while max(self.levels[-1].shape[-2:]) > COARSEST_PX:
-            finer, name = self.levels[-1], f"{key}_{2 ** len(self.levels)}x"
-            shape = (*finer.shape[:-2], *(-(-side // 2) for side in finer.shape[-2:]))
-            made = name in group and not oddity(_array(group, name), shape, finer.chunks)
-            self.levels.append(
-                _array(group, name) if made else create_array(group, name, shape, finer.chunks)
-            )
         self._files = [
             ChunkFiles(folder / level.path, shape=level.shape, chunks=level.chunks)
             for level in self.levels
@@ -199,6 +198,24 @@ def _array(group: zarr.Group, key: str) -> zarr.Array[Any]:
     if not isinstance(array, zarr.Array):
         raise TypeError(f"{key} is not an array")
     return array
+
+
+def _coarser(key: str, shape: Shape, chunks: Shape) -> dict[str, tuple[Shape, Shape]]:
+    """Return names, shapes and chunks of the copies of a map."""
+    layout: dict[str, tuple[Shape, Shape]] = {}
+    while max(shape[-2:]) > COARSEST_PX:
+        shape = (*shape[:-2], *(-(-side // 2) for side in shape[-2:]))
+        layout[f"{key}_{2 ** (len(layout) + 1)}x"] = shape, chunks
+    return layout
+
+
+def _found(group: zarr.Group, key: str, shape: Shape, chunks: Shape) -> zarr.Array[Any] | None:
+    """Return an array that was made before; None where it is absent, another, or torn."""
+    try:
+        array = _array(group, key)
+    except (KeyError, ValueError, TypeError):
+        return None
+    return None if oddity(array, shape, chunks) else array
 
 
 def _fours(grid: NDArray[Any]) -> NDArray[Any]:

@@ -11,7 +11,9 @@
         └── prob_2x, ...     the same, 2, 4, 8 ... times coarser, for viewers
 
 The template is made first; then only whole chunks are written, each by one tile, so
-writers never meet and a block that is marked in ``blocks`` is complete. An unfinished
+writers never meet and a block that is marked in ``blocks`` is complete. A block that is
+written (:meth:`PredictionStore.put`) can be read; it is marked when it is committed,
+together with others, and outlives a power cut from then on. An unfinished
 store lies under a hidden name and goes on where it stopped; :meth:`PredictionStore.seal`
 gives it its final name. A visible store is a finished one.
 """
@@ -21,7 +23,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +35,20 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import ContainsGroupError, NodeNotFoundError
 
-from wsi_pipeline.arrays import ChunkCache, make_template, open_arrays
+from wsi_pipeline.arrays import BLOCKS, ChunkCache, make_template, open_arrays
 from wsi_pipeline.checked import fits
-from wsi_pipeline.chunks import ChunkFiles, sync_chunks
+from wsi_pipeline.chunks import ChunkFiles
 from wsi_pipeline.durable import (
     disk_errors,
     partial_path,
     publish_directory,
     remove_tree,
+    sync,
+    sync_tree,
 )
 from wsi_pipeline.errors import FolderGoneError, StoreError
 from wsi_pipeline.geometry import Box, PixelGrid
+from wsi_pipeline.marks import Marks
 from wsi_pipeline.ome import multiscale, ome_attributes
 from wsi_pipeline.pyramid import Pyramid
 from wsi_pipeline.spec import ModelSpec
@@ -51,7 +57,7 @@ from wsi_pipeline.tiling import Tile, TileGrid
 if TYPE_CHECKING:
     import dask.array as da
 
-__all__ = ["PredictionBlock", "PredictionStore", "open_maps"]
+__all__ = ["PredictionBlock", "PredictionStore", "WrittenBlock", "open_maps"]
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +89,18 @@ class PredictionBlock:
     coarsened by the head's stride."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenBlock:
+    """A block that is written and not committed; its pixels are not kept."""
+
+    tile: Tile
+    """The tile."""
+    mark: int
+    """What the record of blocks will say of it, 1-255."""
+    chunks: tuple[Path, ...]
+    """Its files."""
+
+
 class PredictionStore:
     """The maps of one slide, on disk.
 
@@ -109,11 +127,10 @@ class PredictionStore:
         self._maps = self.spec.maps
         self._arrays, marks = open_arrays(group, self.spec, self.grid, self.tile_px)
         self._files = {key: _files(path, array) for key, array in self._arrays.items()}
-        self._marks = _files(path, marks)
-        self._marking = threading.Lock()
-        rows = (self._marks.read(row, 0) for row in range(marks.shape[0]))
-        none = np.zeros(marks.chunks, np.uint8)
-        self._blocks: Pixels = np.concatenate([none if row is None else row for row in rows])
+        self._marks = Marks(_files(path, marks), path)
+        self._committing = threading.Lock()
+        self._blocks = self._marks.committed.copy()
+        """The same, and what is written but not committed: what can be read."""
         self._cache = ChunkCache(CACHE_BYTES)
         self._pyramids: dict[str, Pyramid] = {}
 
@@ -158,17 +175,20 @@ class PredictionStore:
                     return unfinished._expecting(tiles)
                 log.warning("%s was begun with other options and starts again", path.name)
                 remove_tree(beside)
-            return cls(beside, make_template(beside, spec, tiles, meta))._expecting(tiles)
+            made_now = cls(beside, make_template(beside, spec, tiles, meta))._expecting(tiles)
+            sync_tree(beside)  # or blocks that are marked would be of no use after a power cut
+            sync(beside.parent)
+            return made_now
 
     def _expecting(self, tiles: TileGrid) -> PredictionStore:
         """Prepare the pyramids for the blocks of these tiles."""
         missing = self.missing(tiles).tiles
         written = [tile for tile in tiles.tiles if self._blocks[tile.row, tile.column]]
-        for key, head in self._maps.items():
+        for key in self._maps:
             pyramid = Pyramid(self.path, self._group, key, average=key.endswith("/prob"))
             pyramid.expect(
-                [tile.write.coarsen(head.stride) for tile in written],
-                [tile.write.coarsen(head.stride) for tile in missing],
+                [self._box(key, tile) for tile in written],
+                [self._box(key, tile) for tile in missing],
             )
             self._pyramids[key] = pyramid
         return self
@@ -196,45 +216,67 @@ class PredictionStore:
         return self.grid.coarsen(self.spec.head(head).stride)
 
     def missing(self, tiles: TileGrid) -> TileGrid:
-        """Return the tiles whose blocks are not written yet."""
+        """Return the tiles whose blocks are not committed yet."""
+        committed = self._marks.committed
         return tiles.only(
-            tuple(tile for tile in tiles.tiles if not self._blocks[tile.row, tile.column])
+            tuple(tile for tile in tiles.tiles if not committed[tile.row, tile.column])
         )
 
     def write(self, block: PredictionBlock, *, readable: float = 1.0) -> None:
-        """Write the block of one tile, mark it as written, and make what is coarser from it.
+        """Write a block and commit it alone."""
+        self.commit([self.put(block, readable=readable)])
+
+    def put(self, block: PredictionBlock, *, readable: float = 1.0) -> WrittenBlock:
+        """Write the block of one tile, and make what is coarser from it, without the disk's word.
+
+        It can be read from now on. Coarser chunks are made anew by whoever goes on with a store,
+        so they may be there before what they are made of is committed.
 
         Args:
             block: the maps of the tile.
             readable: share of the tile's pixels that could be read from the slide, 0-1.
 
+        Returns:
+            What :meth:`commit` is to be given.
+
         Raises:
             StoreError: the arrays do not fill exactly the tile's chunks.
-            DiskFullError: no space is left; the block stays unmarked.
+            DiskFullError: no space is left.
+            FolderGoneError: the store is away.
         """
         if set(block.arrays) != set(self._arrays):
             msg = f"a block must hold {sorted(self._arrays)}, not {sorted(block.arrays)}"
             raise StoreError(msg)
         self.require_there()
+        tile, mark = block.tile, max(1, int(WHOLE * readable))
+        chunks: list[Path] = []
         with disk_errors(self.path), self._not_elsewhere():
-            written: list[Path] = []
             for key, pixels in block.arrays.items():
-                box = block.tile.write.coarsen(self._maps[key].stride)
-                written += self._write_chunks(key, box, pixels)
-            # All at once: the first of them flushes what the others wait for. A block that is
-            # marked outlives a power cut.
-            sync_chunks(written)
-            self._mark(block.tile, readable)
+                chunks += self._write_chunks(key, self._box(key, tile), pixels)
+            self._blocks[tile.row, tile.column] = mark
             for key, pyramid in self._pyramids.items():
-                box = block.tile.write.coarsen(self._maps[key].stride)
-                pyramid.update(box, block.arrays[key])
+                pyramid.update(self._box(key, tile), block.arrays[key])
+        return WrittenBlock(tile=tile, mark=mark, chunks=tuple(chunks))
 
-    def _mark(self, tile: Tile, readable: float) -> None:
-        row = tile.row
-        with self._marking:
-            self._blocks[row, tile.column] = max(1, int(WHOLE * readable))
-            mark = self._marks.write(row, 0, self._blocks[row : row + 1])
-        sync_chunks([mark] if mark else [])
+    def commit(self, written: Sequence[WrittenBlock], threads: Executor | None = None) -> None:
+        """Mark blocks that are written, once they are on the disk: they outlive a power cut.
+
+        Args:
+            written: waits for the disk as long together as one of them would alone.
+            threads: that wait, from :func:`~wsi_pipeline.durable.sync_threads`; None: new ones.
+
+        Raises:
+            DiskFullError: no space is left; the blocks stay unmarked.
+            FolderGoneError: the store is away.
+        """
+        marks = {(each.tile.row, each.tile.column): each.mark for each in written}
+        chunks = [path for each in written for path in each.chunks]
+        with self._committing, disk_errors(self.path), self._not_elsewhere():
+            self._marks.commit(marks, chunks, threads)
+
+    def _box(self, key: str, tile: Tile) -> Box:
+        """Return where the block of a tile lies on a map."""
+        return tile.write.coarsen(self._maps[key].stride)
 
     def _write_chunks(self, key: str, box: Box, pixels: Pixels) -> list[Path]:
         array = self._files[key]
@@ -380,7 +422,9 @@ class PredictionStore:
             self._describe(entries)
             for orphan in self.path.rglob("*.partial"):
                 orphan.unlink()
-            publish_directory(self.path, final)
+            # Chunks and marks are on the disk since their blocks were committed.
+            synced = [self.path / key / "c" for key in (*self._arrays, BLOCKS)]
+            publish_directory(self.path, final, synced=synced)
         return PredictionStore.open(final)
 
     def _describe(self, entries: list[dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ from wsi_pipeline.bench.rates import dense_flops, matrix_rate, memory_rate
 from wsi_pipeline.bench.subject import Subject
 from wsi_pipeline.bench.timing import Clock, Limit, Stage, Stopwatch, in_threads
 from wsi_pipeline.chunks import compress
+from wsi_pipeline.committing import Writers
 from wsi_pipeline.durable import publish_directory, remove_tree
 from wsi_pipeline.filling import writers_beside
 from wsi_pipeline.geometry import Box, PixelGrid
@@ -178,7 +179,7 @@ def network_bytes(subject: Subject) -> int:
 
 
 def _maps(subject: Subject) -> Stage:
-    folder = subject.folder / "maps"
+    folder, threads = subject.folder / "maps", writers_beside(subject.predictor.device)
 
     def work(clock: Clock) -> float:
         remove_tree(folder)
@@ -193,8 +194,10 @@ def _maps(subject: Subject) -> Stage:
                 made={"by": "bench"},
             )
         for group in _groups(_blocks(subject), _block_bytes):
-            with watch.running():
-                in_threads(store.write, group, writers_beside(subject.predictor.device))
+            # As fill_store does; no block of a group is on its way when the watch stops.
+            with watch.running(), Writers(store.put, store.commit, threads=threads) as writers:
+                for block in group:
+                    writers.hand(block)
         with watch.running():
             store.seal()
         remove_tree(folder)
