@@ -226,6 +226,37 @@ def test_a_lease_that_is_not_written_yet_is_a_holder_of_no_name(path):
         Lease.take(path)
 
 
+def test_a_lease_says_whose_it_is_from_its_first_moment_on(path, monkeypatch):
+    """Whoever is killed while taking one leaves none, or one of a dead process."""
+    link, seen = os.link, []
+
+    def watched(source, target):
+        seen.append(path.exists())
+        link(source, target)
+        seen.append(read_holder(path).facts["pid"])
+
+    monkeypatch.setattr(os, "link", watched)
+    held = Lease.take(path)
+    assert seen == [False, os.getpid()]
+    assert os.listdir(path.parent) == [path.name]
+    held.release()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOENT, errno.ENOTSUP])
+def test_a_lease_needs_no_links(path, monkeypatch, number):
+    def none(*_):
+        raise OSError(number, "no links here")
+
+    monkeypatch.setattr(os, "link", none)
+    held = Lease.take(path)
+    assert read_holder(path).facts["pid"] == os.getpid()
+    assert os.listdir(path.parent) == [path.name]
+    with pytest.raises(SlideBusyError):
+        Lease.take(path)
+    held.release()
+    Lease.take(path).release()
+
+
 def test_a_full_disk_leaves_no_lease(path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "full")

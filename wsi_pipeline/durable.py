@@ -35,6 +35,7 @@ __all__ = [
     "sync_all",
     "sync_threads",
     "sync_tree",
+    "unfinished_path",
 ]
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -58,7 +59,7 @@ def durable_file(path: Path) -> Iterator[Path]:
     under the final name, and goes on; "no space left" becomes :class:`DiskFullError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
+    beside = unfinished_path(path)
     try:
         with disk_errors(path):
             yield beside
@@ -111,7 +112,7 @@ def filesystem_time(folder: Path) -> float:
     Raises:
         OSError: nothing can be written there.
     """
-    probe = _beside(folder / "clock")
+    probe = unfinished_path(folder / "clock")
     try:
         probe.touch(exist_ok=False)
         return probe.stat().st_mtime
@@ -196,7 +197,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _beside(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
     """Return a name for unfinished work that tells whose it is."""
     # Unique among threads and containers, too, which may share the numbers of processes.
     own = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"

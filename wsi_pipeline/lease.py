@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 
 from wsi_pipeline.checked import fits, parse_json
-from wsi_pipeline.durable import filesystem_time
+from wsi_pipeline.durable import filesystem_time, unfinished_path
 from wsi_pipeline.errors import SlideBusyError
 from wsi_pipeline.machine import pause
 
@@ -105,17 +105,16 @@ class Holder:
 class Lease:
     """A slide that this process works on, until :meth:`release` or its end."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, facts: dict[str, Any]) -> None:
         """Use :meth:`take`."""
         self._path = path
         self._descriptor = descriptor
         self._inode = os.fstat(descriptor).st_ino
-        self._facts = _own_facts()
+        self._facts = facts
         self._begun = time.monotonic()
         self._ended = threading.Event()
         self._writing = threading.Lock()
         self._lost = False
-        self._write()
         self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
         self._thread.start()
 
@@ -131,18 +130,14 @@ class Lease:
             OSError: the folder cannot be written.
         """
         path.parent.mkdir(exist_ok=True)
+        facts = _own_facts()
         while True:
             try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+                descriptor = _created(path, facts)
             except FileExistsError:
                 remove_if_dead(path)
                 continue
-            try:
-                return cls(path, descriptor)
-            except BaseException:  # a full disk: an empty lease would be nobody's
-                path.unlink(missing_ok=True)
-                os.close(descriptor)
-                raise
+            return cls(path, descriptor, facts)
 
     @property
     def lost(self) -> bool:
@@ -177,13 +172,53 @@ class Lease:
                 self._write()
 
     def _write(self) -> None:
-        # How long, rather than since when: who watches need not trust this machine's clock.
-        text = json.dumps({**self._facts, "for_s": round(time.monotonic() - self._begun, 1)})
-        os.pwrite(self._descriptor, text.encode().ljust(_BYTES - 1)[: _BYTES - 1] + b"\n", 0)
+        _write(self._descriptor, self._facts, time.monotonic() - self._begun)
 
     def _is_ours(self) -> bool:
         # No other file has this number while ours is open.
         return _is_at(self._path, self._inode)
+
+
+def _created(path: Path, facts: Mapping[str, Any]) -> int:
+    """Make a lease that says whose it is from its first moment on; return its descriptor.
+
+    A process that is killed while it takes a lease leaves none, rather than an empty one, which
+    would be nobody's until it counts as dead.
+
+    Raises:
+        FileExistsError: there is one.
+        OSError: the folder cannot be written.
+    """
+    beside = unfinished_path(path)
+    try:
+        descriptor = _new(beside, facts)
+        try:
+            os.link(beside, path)
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, FileExistsError):
+                raise
+            return _new(path, facts)  # a file system without links, or somebody has swept up
+        return descriptor
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _new(path: Path, facts: Mapping[str, Any]) -> int:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+    try:
+        _write(descriptor, facts, 0)
+    except BaseException:  # a full disk
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _write(descriptor: int, facts: Mapping[str, Any], for_s: float) -> None:
+    # How long, rather than since when: who watches need not trust this machine's clock.
+    text = json.dumps({**facts, "for_s": round(for_s, 1)})
+    os.pwrite(descriptor, text.encode().ljust(_BYTES - 1)[: _BYTES - 1] + b"\n", 0)
 
 
 @contextmanager
