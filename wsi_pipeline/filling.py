@@ -20,7 +20,15 @@ from wsi_pipeline.store import PredictionBlock, PredictionStore
 from wsi_pipeline.tiling import PANEL_PX, Tile, TileGrid
 from wsi_pipeline.tissue import TissueMask
 
-__all__ = ["Predictor", "fill_store", "lay_tiles", "open_store", "sealed_store", "writers_beside"]
+__all__ = [
+    "Feed",
+    "Predictor",
+    "fill_store",
+    "lay_tiles",
+    "open_store",
+    "sealed_store",
+    "writers_beside",
+]
 
 WRITERS = 4
 """Threads that compress and write blocks beside a network on another device."""
@@ -29,6 +37,19 @@ WRITERS = 4
 def writers_beside(device: str) -> int:
     """Return how many threads write blocks while the network runs on a device."""
     return 1 if device == "cpu" else WRITERS
+
+
+class Feed(Protocol):
+    """Windows of a slide that are read ahead of the network, by threads of their own."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether that has ended with an error, which is told to whoever asks for windows."""
+        ...
+
+    def close(self) -> None:
+        """End the threads; may be called twice."""
+        ...
 
 
 class Predictor(Protocol):
@@ -42,6 +63,10 @@ class Predictor(Protocol):
     canvas_bytes: int
     extractors: int
 
+    def begin(self, slide: Slide, tiles: TileGrid) -> Feed | None:
+        """Begin to read the windows of tiles; None where that begins with :meth:`predict`."""
+        ...
+
     def predict(
         self,
         slide: Slide,
@@ -49,10 +74,12 @@ class Predictor(Protocol):
         *,
         stop: Callable[[], bool],
         warn: Callable[[str, str], None],
+        feed: Any,  # noqa: ANN401 - of its own kind
     ) -> Iterator[PredictionBlock]:
         """Yield one block a tile, in order; a block keeps its arrays. End when asked to stop.
 
-        ``warn`` is told the code and the message of what the user should know.
+        ``warn`` is told the code and the message of what the user should know; ``feed`` is what
+        :meth:`begin` has returned for the same tiles, or None.
         """
         ...
 
@@ -131,6 +158,7 @@ def fill_store(
     predictor: Predictor,
     stop: Callable[[], bool],
     wrote: Callable[[Tile], None],
+    feed: Feed | None = None,
     allowed: Callable[[], None] = lambda: None,
     warn: Callable[[str, str], None],
 ) -> Generator[Tile, None, None]:
@@ -144,6 +172,7 @@ def fill_store(
         predictor: the network.
         stop: asked by the predictor before each batch.
         allowed: called before a block is written; raises if this process must not write any more.
+        feed: what the predictor has begun to read of these tiles.
         wrote: told of every block that is written, from the thread that wrote it.
         warn: told by the predictor what the user should know.
 
@@ -167,7 +196,7 @@ def fill_store(
     with ThreadPoolExecutor(writers, thread_name_prefix="writer") as pool:
         pending: deque[Future[None]] = deque()
         try:
-            for block in predictor.predict(slide, missing, stop=stop, warn=warn):
+            for block in predictor.predict(slide, missing, stop=stop, warn=warn, feed=feed):
                 pending.append(pool.submit(write, block))
                 while len(pending) > writers + 1:
                     pending.popleft().result()

@@ -182,6 +182,15 @@ class TorchPredictor:
         )  # fmt: skip
         return predictor
 
+    def begin(self, slide: WindowReader, tiles: TileGrid) -> Feeder:
+        """Begin to read the windows of tiles into batches, in the background.
+
+        Returns:
+            For :meth:`predict` of the same tiles, which closes it; so must who does without.
+        """
+        pin = self.device.startswith("cuda")
+        return Feeder(slide, tiles, self.batch_size, self.workers, pin=pin).start()
+
     def predict(
         self,
         slide: WindowReader,
@@ -189,6 +198,7 @@ class TorchPredictor:
         *,
         stop: Callable[[], bool] = lambda: False,
         warn: Callable[[str, str], None] = lambda _code, _message: None,
+        feed: Feeder | None = None,
     ) -> Iterator[PredictionBlock]:
         """Predict tiles in their order.
 
@@ -201,6 +211,7 @@ class TorchPredictor:
             stop: asked before each batch; True ends the iteration early.
             warn: told ``out_of_memory`` and a message, once, if anything was computed in
                 smaller batches or pieces than planned.
+            feed: what :meth:`begin` has returned for these tiles; None: begin now.
 
         Yields:
             One block a tile. Closing the iterator ends its threads.
@@ -216,7 +227,7 @@ class TorchPredictor:
         depth = 1 if self.device.startswith("cuda") else 0
         warned = False
         running: deque[tuple[Batch, dict[str, Tensor], DeviceSpan | None]] = deque()
-        with Feeder(slide, tiles, self.batch_size, self.workers, pin=depth > 0) as batches:
+        with feed or self.begin(slide, tiles) as batches:
             for batch in batches:
                 if stop():
                     return

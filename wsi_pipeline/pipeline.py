@@ -6,9 +6,10 @@
                                                                             |
                        RunReport <- preview <- tissue table <- objects table
 
-:func:`predict` needs the slide and a predictor; :func:`polygonize` needs no network and
-imports none. Between them lies the store. On a device of its own the network leaves the
-processor free, and objects are drafted from the blocks as they come.
+:func:`prepare` opens a slide and begins to decode it, :func:`predict` hands it to the network,
+:func:`polygonize` needs no network and imports none. Between the last two lies the store. On a
+device of its own the network leaves the processor free: objects are drafted from the blocks as
+they come, and the next slide is prepared meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +28,14 @@ from numpy.typing import NDArray
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.drafting import ArrivingMaps, Draft
 from wsi_pipeline.durable import remove_tree
-from wsi_pipeline.filling import Predictor, fill_store, lay_tiles, open_store, sealed_store
+from wsi_pipeline.filling import (
+    Feed,
+    Predictor,
+    fill_store,
+    lay_tiles,
+    open_store,
+    sealed_store,
+)
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import extract_objects, outline_polygons
 from wsi_pipeline.job import versions
@@ -39,7 +48,7 @@ from wsi_pipeline.tiling import TileGrid
 from wsi_pipeline.tissue import TissueMask, detect_tissue, read_mask
 from wsi_pipeline.unchanged import unchanged
 
-__all__ = ["Predicted", "Predictor", "polygonize", "predict", "reopen"]
+__all__ = ["Predicted", "Predictor", "Prepared", "polygonize", "predict", "prepare", "reopen"]
 
 TISSUE_MPP = 8.0
 """Pixel size of the thumbnail on which tissue is found, in micrometres."""
@@ -48,6 +57,43 @@ PREVIEW_PX = 1600
 Advance = Callable[[str, int, int], None]
 """Told the stage, what is done of it, and how much there is."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A slide that is open, whose tissue is found, and whose first windows are being decoded.
+
+    A context manager: leaving it ends its threads and closes the slide.
+
+    Raises:
+        SlideError, MaskError: on leaving it, the slide or its mask was changed meanwhile.
+    """
+
+    slide: Slide
+    """Open."""
+    tissue: TissueMask
+    """Where the tissue is."""
+    tiles: TileGrid
+    """What the network is to see."""
+    missing: TileGrid
+    """Those of them that have no block yet: what is decoded."""
+    store: PredictionStore | None
+    """Their maps; None: they are opened when the slide is predicted."""
+    feed: Feed | None
+    """Their batches, as they are decoded; None where the predictor reads by itself."""
+    held: ExitStack
+    """What is open."""
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self.held.__exit__(kind, error, trace)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +121,46 @@ class Predicted:
             self.store.seal()
 
 
+def prepare(attempt: Attempt, predictor: Predictor, *, anew: bool = False) -> Prepared:
+    """Open a slide, find its tissue, lay its tiles, and begin to decode their windows.
+
+    A store that the same job left unfinished goes on from its missing blocks; one that
+    is sealed already is used as it is.
+
+    Args:
+        attempt: the try at the slide.
+        predictor: the network, which is not used yet.
+        anew: whether the maps that there are will be removed before the slide is predicted;
+            they are not looked at then.
+
+    Raises:
+        WsiPipelineError: the slide, its mask or the disk is not usable.
+    """
+    job, report = attempt.job, attempt.report
+    report.device, report.precision = predictor.device, predictor.precision
+    with ExitStack() as held:
+        slide, tissue = held.enter_context(_opened(attempt))
+        with attempt.stage("predict"):
+            tiles = lay_tiles(slide, tissue, predictor)
+            store = None if anew else open_store(job, slide, tissue, tiles, predictor)
+            missing = tiles if store is None else store.missing(tiles)
+            feed = predictor.begin(slide, missing)
+            if feed is not None:
+                held.enter_context(closing(feed))
+        return Prepared(
+            slide=slide,
+            tissue=tissue,
+            tiles=tiles,
+            missing=missing,
+            store=store,
+            feed=feed,
+            held=held.pop_all(),
+        )
+
+
 def predict(
     attempt: Attempt,
+    prepared: Prepared,
     predictor: Predictor,
     *,
     workers: int,
@@ -84,13 +168,11 @@ def predict(
     stop: Callable[[], bool],
     advance: Advance,
 ) -> Predicted:
-    """Open a slide, find its tissue, and fill its store of maps.
-
-    A store that the same job left unfinished goes on from its missing blocks; one that
-    is sealed already is used as it is.
+    """Fill the store of a slide with what the network makes of its tiles.
 
     Args:
         attempt: the try at the slide.
+        prepared: the slide; stays open.
         predictor: the network.
         workers: threads that extract objects.
         beside: whether they begin while the network works.
@@ -101,11 +183,9 @@ def predict(
         WsiPipelineError: the slide, its mask or the disk is not usable.
         Interrupted: ``stop`` said so; finished blocks are kept.
     """
-    job, report = attempt.job, attempt.report
-    report.device, report.precision = predictor.device, predictor.precision
-    with _opened(attempt) as (slide, tissue), attempt.stage("predict"):
-        tiles = lay_tiles(slide, tissue, predictor)
-        store = open_store(job, slide, tissue, tiles, predictor)
+    slide, tissue, tiles = prepared.slide, prepared.tissue, prepared.tiles
+    with attempt.stage("predict"):
+        store = prepared.store or open_store(attempt.job, slide, tissue, tiles, predictor)
         missing = store.missing(tiles)
         maps = ArrivingMaps(store, missing)
         draft = _draft(attempt, maps, workers=workers, stop=stop)
@@ -118,6 +198,7 @@ def predict(
             slide=slide,
             tissue=tissue,
             predictor=predictor,
+            feed=prepared.feed if missing == prepared.missing else None,
             stop=stop,
             allowed=attempt.require_ours,
             wrote=maps.arrived,
