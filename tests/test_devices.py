@@ -132,6 +132,46 @@ def test_a_bad_slide_fails_alone_or_ends_the_run_if_asked(slides, tmp_path):
     assert [report.slide_id for report in reports] == ["bad"]
 
 
+def test_what_a_busy_device_cannot_begin_is_left_to_an_idle_one(slides, tmp_path):
+    """The last slides are not made ready beside a large one: they would wait for its end."""
+    load = StubLoader(tmp_path, delay_s=0.1, meet=2)
+    reports = go(slides, tmp_path, ["big", "a", "b"], load=load)
+    assert [report.status for report in reports] == ["done"] * 3
+    big, *small = (report.device for report in reports)
+    assert big not in small
+
+
+def test_as_long_as_there_is_one_for_each_device_the_next_is_made_ready(slides, tmp_path):
+    watcher = Watcher()
+    one = {"cuda:0": {}}
+    reports = go(slides, tmp_path, ["big", "a", "b"], watcher, devices=one)
+    assert [report.status for report in reports] == ["done"] * 3
+    kinds = {name: [e["event"] for e in events(tmp_path, name)] for name in ("big", "a", "b")}
+    assert {name: own.count("ahead") for name, own in kinds.items()} == {"big": 0, "a": 1, "b": 1}
+    assert watcher.started == ["big", "a", "b"]
+    assert nothing_left_over(tmp_path)
+
+
+def test_after_a_failure_elsewhere_what_is_ready_is_put_back(slides, tmp_path):
+    size = slides["a"].stat().st_size - 1  # the smallest, so the last
+    (tmp_path / "bad.svs").write_bytes(b"II*\0 this is no slide".ljust(size))
+    out = tmp_path / "out"
+    out.mkdir()
+    some = {**slides, "bad": tmp_path / "bad.svs"}
+    load = StubLoader(out, delay_s=0.1, meet=2)
+    reports = go(some, out, ["big", "a", "b", "c", "bad"], load=load, fail_fast=True)
+    ends = {report.slide_id: report.status for report in reports}
+    assert ends.pop("bad") == "failed"
+    assert ends.pop("big") == "done"
+    # Two were made ready: one beside "a", and done after it, and one beside "big".
+    assert len(ends) == 2
+    assert set(ends.values()) == {"done"}
+    (back,) = {"a", "b", "c"} - set(ends)
+    kinds = [event["event"] for event in events(out, back)]
+    assert (kinds[0], kinds[-1], "start" in kinds) == ("ahead", "put_back", False)
+    assert nothing_left_over(out)
+
+
 def test_interrupted_it_goes_on_to_the_same_bytes(slides, alone, tmp_path):
     watcher, names = Watcher(), ["big", *SMALL]
     load = StubLoader(tmp_path, delay_s=0.1)

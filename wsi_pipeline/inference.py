@@ -400,6 +400,7 @@ def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) ->
         value_bytes=2 if precision == "int8" else DTYPES[precision].itemsize,
         on_host=not device.startswith("cuda"),
         in_bytes=precision == "int8",
+        ahead=device != "cpu",
     )
 
 

@@ -182,8 +182,7 @@ class _Run:
 
     def first_half(self, job: SlideJob) -> tuple[Attempt, Predicted] | None:
         """Predict a slide; None when it has ended: settled before, failed or interrupted."""
-        # Beside one that may kill its process nothing is done, so that it is known which does.
-        alone = bool(suspected(job))
+        suspect = bool(suspected(job))
         try:
             begun = self._begin(job)
         except SlideBusyError as error:
@@ -199,6 +198,8 @@ class _Run:
         if begun is None:
             return None
         attempt, prepared = begun
+        # Beside one that may kill its process nothing is done, so that it is known which does.
+        alone = suspect and prepared is None
         result: list[Predicted] = []
 
         def work() -> None:
