@@ -7,9 +7,9 @@
              extracting:  chunks of maps, the windows of each thread, rows on their way
 
 On CUDA the pass is not on the host, and both happen at once. Where the network has a device of
-its own, the next slide is ready meanwhile, with canvases and batches of its own. Nothing here grows with the slide,
-except rows: those of a million objects are in the figure. The figures are measured by
-``python -m benchmarks.memory`` (``--network``, ``--full``), those of CUDA are not.
+its own, the next slide is ready meanwhile, with canvases and batches of its own. Nothing here
+grows with the slide, except rows: those of a million objects are in the figure. The figures are
+measured by ``python -m benchmarks.memory`` (``--network``, ``--full``), those of CUDA are not.
 """
 
 from __future__ import annotations

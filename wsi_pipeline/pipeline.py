@@ -56,6 +56,8 @@ PREVIEW_PX = 1600
 """Long side of the picture in the preview."""
 Advance = Callable[[str, int, int], None]
 """Told the stage, what is done of it, and how much there is."""
+Picture = tuple[NDArray[np.uint8], PixelGrid]
+"""``(H, W, 3)``, and where its pixels lie."""
 T = TypeVar("T")
 
 
@@ -73,6 +75,8 @@ class Prepared:
     """Open."""
     tissue: TissueMask
     """Where the tissue is."""
+    picture: Picture
+    """The whole slide, for the preview."""
     tiles: TileGrid
     """What the network is to see."""
     missing: TileGrid
@@ -106,10 +110,8 @@ class Predicted:
     """Its objects, as far as they could be drawn while the maps were made."""
     tissue: TissueMask
     """Where the tissue is."""
-    picture: NDArray[np.uint8]
-    """(H, W, 3) the whole slide, for the preview."""
-    picture_grid: PixelGrid
-    """Where its pixels lie."""
+    picture: Picture
+    """The whole slide, for the preview."""
     size: tuple[int, int]
     """Width and height of level 0."""
     pixel_size: PixelSize
@@ -147,9 +149,12 @@ def prepare(attempt: Attempt, predictor: Predictor, *, anew: bool = False) -> Pr
             feed = predictor.begin(slide, missing)
             if feed is not None:
                 held.enter_context(closing(feed))
+        with attempt.stage("write"):
+            picture = _take_picture(slide)
         return Prepared(
             slide=slide,
             tissue=tissue,
+            picture=picture,
             tiles=tiles,
             missing=missing,
             store=store,
@@ -209,7 +214,8 @@ def predict(
                 for number, tile in enumerate(filling, start=done + 1):
                     attempt.predicted_px += tile.write.area
                     advance("predict", number, total)
-            return _predicted(attempt, slide, tissue, store, draft)
+            _report_holes(attempt, store)
+        return _predicted(slide, tissue, prepared.picture, store, draft)
 
 
 def reopen(attempt: Attempt, *, workers: int, stop: Callable[[], bool]) -> Predicted:
@@ -233,7 +239,10 @@ def reopen(attempt: Attempt, *, workers: int, stop: Callable[[], bool]) -> Predi
             grid=store.grid, tile_px=store.tile_px, halo_px=store.meta["halo_px"], tiles=()
         )
         draft = _draft(attempt, ArrivingMaps(store, none), workers=workers, stop=stop)
-        return _predicted(attempt, slide, tissue, store, draft)
+        _report_holes(attempt, store)
+        with attempt.stage("write"):
+            picture = _take_picture(slide)
+        return _predicted(slide, tissue, picture, store, draft)
 
 
 def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> None:
@@ -316,23 +325,19 @@ def _draft(
 
 
 def _predicted(
-    attempt: Attempt, slide: Slide, tissue: TissueMask, store: PredictionStore, draft: Draft
+    slide: Slide, tissue: TissueMask, picture: Picture, store: PredictionStore, draft: Draft
 ) -> Predicted:
-    _report_holes(attempt, store)
-    with attempt.stage("write"):
-        picture, picture_grid = _take_picture(slide)
     return Predicted(
         store=store,
         draft=draft,
         tissue=tissue,
         picture=picture,
-        picture_grid=picture_grid,
         size=slide.size,
         pixel_size=slide.pixel_size,
     )
 
 
-def _take_picture(slide: Slide) -> tuple[NDArray[np.uint8], PixelGrid]:
+def _take_picture(slide: Slide) -> Picture:
     size = slide.pixel_size
     extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
     return slide.thumbnail(max(extent_um / PREVIEW_PX, size.x, size.y))
@@ -450,8 +455,7 @@ def _write_preview(attempt: Attempt, predicted: Predicted) -> None:
     if small is not None:
         points = read_centroids(job.objects_path, kind=small)
     image = draw_preview(
-        predicted.picture,
-        predicted.picture_grid,
+        *predicted.picture,
         tissue=predicted.tissue,
         polygons={kind: _rings(job.objects_path, kind) for kind in large},
         points=points,
