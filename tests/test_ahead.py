@@ -350,6 +350,26 @@ def test_a_slide_of_another_process_is_passed_by_and_comes_last(slides, tmp_path
     assert starts == ["a", "c", "b"]
 
 
+def test_beside_a_slide_that_is_ready_no_other_is_made_so(slides, tmp_path, notes):
+    """One that was busy is free again before its turn, and the one after it is ready."""
+    held = take_lease(job(slides / "b.svs", tmp_path))
+    seen = []
+
+    def before(name, number, total):
+        if name == "a" and number == total - 1:
+            assert notes.wait_for("read", "c")
+            held.release()
+        if name == "b" and number == total - 1:
+            time.sleep(0.2)
+            seen.append(("open", "d") in notes.all)
+
+    reports = go(slides, tmp_path, notes, "abcd", before)
+    assert seen == [False]
+    assert [report.status for report in reports] == ["done"] * 3 + ["failed"]  # there is no "d"
+    starts = [slide_id for what, slide_id in notes.all if what == "start"]
+    assert starts == ["a", "b", "c", "d"]
+
+
 def test_a_slide_that_is_done_is_passed_by_and_said_to_be_in_its_turn(
     slides, undisturbed, tmp_path, notes
 ):
@@ -442,6 +462,7 @@ def test_a_slide_that_is_lost_while_it_waits_is_begun_as_any_other(
     reports = go(slides, tmp_path, notes, "ab", at_last(lose))
     assert [report.status for report in reports] == ["done", "done"]
     assert told(notes, "b").count("open") == 2
+    assert told(notes, "b").count("start") == 1
     assert results(tmp_path).items() <= results(undisturbed).items()
 
 
