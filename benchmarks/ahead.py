@@ -6,7 +6,8 @@ The device is pretended: it takes a fixed time for each tile, in which it leaves
 alone, and its maps are blank. So what is measured is everything around it: opening, tissue, tiles,
 the store, the first windows, writing. The slides are one piece of synthetic tissue repeated all
 over, so that they are written at once. Both ways take turns, round by round. The share is the
-seconds in which the device was at work over those of the whole run.
+seconds in which the device was at work over those of the whole run, its first slide and its last
+tables included; a pause is from the last tile of a slide to the first of the next.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,8 @@ class Sleeper:
         self.tile_px = tile_px
         self.seconds = seconds
         self.busy_s = 0.0
+        self.spans: list[list[float]] = []
+        """When the first tile of each slide was begun, and its last one ended."""
 
     def begin(self, slide: Slide, tiles: TileGrid) -> Feeder:
         """Begin to read windows; see :class:`wsi_pipeline.filling.Predictor`."""
@@ -63,11 +67,15 @@ class Sleeper:
         feed: Feeder | None,
     ) -> Iterator[PredictionBlock]:
         """Yield blank blocks; see :class:`wsi_pipeline.filling.Predictor`."""
+        span: list[float] = []
+        self.spans.append(span)
         with feed or self.begin(slide, tiles) as batches:
             for batch in batches:
                 begun = time.perf_counter()
                 time.sleep(self.seconds)
-                self.busy_s += time.perf_counter() - begun
+                ended = time.perf_counter()
+                self.busy_s += ended - begun
+                span[:] = [span[0] if span else begun, ended]
                 yield PredictionBlock(tile=batch.tiles[0], arrays=_blank(batch.tiles[0]))
 
 
@@ -82,13 +90,14 @@ def _blank(tile: Tile) -> dict[str, NDArray[np.uint8]]:
 
 
 def measure(slides: list[Path], out: Path, sleeper: Sleeper, *, ahead: bool) -> dict[str, float]:
-    """Run the slides; return the share of the time in which the device was at work."""
+    """Run the slides; return the seconds, the share in which the device worked, and its pause."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     jobs = [
         SlideJob(path=str(path), slide_id=path.stem, out=out, model_name="", model_digest="0" * 64)
         for path in slides
     ]
+    sleeper.spans = []
     begun = time.perf_counter()
     reports = run_slides(jobs, sleeper, watcher=Silent(), stop=lambda: False, ahead=ahead)
     seconds = time.perf_counter() - begun
@@ -96,7 +105,12 @@ def measure(slides: list[Path], out: Path, sleeper: Sleeper, *, ahead: bool) -> 
     if failed:
         raise SystemExit(f"a slide failed: {failed[0]}")
     busy = sum(report.device_busy_s or 0.0 for report in reports)
-    return {"seconds": round(seconds, 2), "busy_share": round(busy / seconds, 4)}
+    pauses = [after[0] - before[1] for before, after in pairwise(sleeper.spans)]
+    return {
+        "seconds": round(seconds, 2),
+        "busy_share": round(busy / seconds, 3),
+        "pause_s": round(statistics.median(pauses), 3) if pauses else 0.0,
+    }
 
 
 def main() -> None:
@@ -121,10 +135,14 @@ def main() -> None:
             for name, found in rounds.items():
                 found.append(measure(slides, Path(scratch) / "out", sleeper, ahead=name == "with"))
     pairs = zip(rounds["without"], rounds["with"], strict=True)
+    medians = {
+        f"{what}_{name}": statistics.median(one[what] for one in found)
+        for what in ("busy_share", "pause_s")
+        for name, found in rounds.items()
+    }
     result = {
         **rounds,
-        "busy_share_with": statistics.median(one["busy_share"] for one in rounds["with"]),
-        "busy_share_without": statistics.median(one["busy_share"] for one in rounds["without"]),
+        **medians,
         "times_as_fast": round(statistics.median(b["seconds"] / a["seconds"] for b, a in pairs), 3),
     }
     print(json.dumps(result, indent=None if options.json else 2))

@@ -2,8 +2,12 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from test_pipeline import StubPredictor, Watcher, job, results
@@ -348,6 +352,8 @@ def test_a_slide_of_another_process_is_passed_by_and_comes_last(slides, tmp_path
     assert [report.status for report in reports] == ["done"] * 3
     starts = [slide_id for what, slide_id in notes.all if what == "start"]
     assert starts == ["a", "c", "b"]
+    # Who gives out slides knows at once that this one is not at work.
+    assert notes.place("waiting for another process", "b") < notes.place("start", "c")
 
 
 def test_beside_a_slide_that_is_ready_no_other_is_made_so(slides, tmp_path, notes):
@@ -476,6 +482,34 @@ def test_nothing_is_beside_a_slide_that_may_have_killed(slides, tmp_path, notes,
     last = max(i for i, note in enumerate(notes.all) if note == ("predicted", "a"))
     assert notes.place("open", "b") > last
     assert suspected(own) == 0
+
+
+def test_a_process_that_is_killed_leaves_a_slide_that_is_suspect_and_not_guilty(
+    slides, undisturbed, tmp_path, notes
+):
+    code = f"""if True:
+        import os, signal, sys
+        from pathlib import Path
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+        import test_ahead as own
+        notes = own.Notes()
+
+        def kill():
+            if notes.wait_for("read", "b"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        own.go(Path({str(slides)!r}), Path({str(tmp_path)!r}), notes, "ab", own.at_last(kill))
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    first, second = (job(slides / f"{name}.svs", tmp_path) for name in "ab")
+    assert (deaths(first), suspected(first)) == (1, 1)
+    assert (deaths(second), suspected(second)) == (0, 1)
+    assert events(tmp_path, "b")[0] == "ahead"
+    assert [r.status for r in go(slides, tmp_path, notes, "ab")] == ["done", "done"]
+    assert results(tmp_path).items() <= results(undisturbed).items()
+    assert (suspected(first), suspected(second)) == (0, 0)
+    restarts = [read_report(one.report_path).restarts for one in (first, second)]
+    assert restarts == [1, 0]
 
 
 def test_the_time_in_which_a_slide_waits_is_not_its_own(slides, tmp_path, monkeypatch):
