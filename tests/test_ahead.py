@@ -545,6 +545,33 @@ def test_slides_are_asked_for_one_by_one(slides, tmp_path, notes):
     assert asked == [("a", False), ("b", False), ("c", True)]
 
 
+def test_a_run_that_ends_does_not_wait_for_a_slide_that_nobody_gives(slides, tmp_path, notes):
+    gives, given = threading.Event(), []
+
+    def jobs():
+        yield job(slides / "a.svs", tmp_path)
+        notes.add("asked", "b")
+        gives.wait(LONG)
+        given.append("b")
+        yield job(slides / "b.svs", tmp_path)
+
+    def halt():
+        assert notes.wait_for("asked", "b")
+        raise Halt
+
+    with pytest.raises(Halt):
+        run_slides(
+            jobs(), Device(notes, at_last(halt)), watcher=NotedWatcher(notes), stop=lambda: False
+        )
+    assert not given
+    gives.set()  # too late: it is not touched
+    for thread in threading.enumerate():
+        if thread.name == "ahead":
+            thread.join(LONG)
+    assert ("open", "b") not in notes.all
+    assert not (tmp_path / "logs" / "b.jsonl").exists()
+
+
 def test_a_feed_of_other_windows_is_not_used(slides, tmp_path, notes, monkeypatch):
     """As when maps come to light that were not there when the slide was made ready."""
     from wsi_pipeline.engines import here
