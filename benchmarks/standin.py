@@ -43,6 +43,9 @@ class StandIn:
         self.tile_px = tile_px
         self.device = device
 
+    def begin(self, slide: Slide, tiles: TileGrid) -> None:
+        """Read nothing ahead."""
+
     def predict(
         self,
         slide: Slide,
@@ -50,6 +53,7 @@ class StandIn:
         *,
         stop: Callable[[], bool],
         warn: Callable[[str, str], None],
+        feed: None,
     ) -> Iterator[PredictionBlock]:
         """Yield the blocks; see :class:`wsi_pipeline.filling.Predictor`."""
         for tile in tiles.tiles:

@@ -48,7 +48,10 @@ class SlowStub:
         self.device = device
         self.delay_s = delay_s
 
-    def predict(self, slide, tiles, *, stop, warn):
+    def begin(self, slide, tiles):
+        """Read nothing ahead."""
+
+    def predict(self, slide, tiles, *, stop, warn, feed):
         if slide.size[0] == POISON_PX:
             os.kill(os.getpid(), signal.SIGKILL)
         for tile in tiles.tiles:

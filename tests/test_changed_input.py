@@ -25,8 +25,8 @@ class Meddler(StandIn):
         self.at = at
         self.seen = 0
 
-    def predict(self, slide, tiles, *, stop, warn):
-        for number, block in enumerate(super().predict(slide, tiles, stop=stop, warn=warn)):
+    def predict(self, slide, tiles, **how):
+        for number, block in enumerate(super().predict(slide, tiles, **how)):
             if number == self.at:
                 self.meddle()
             self.seen += 1

@@ -28,9 +28,12 @@ from engine_fixtures import (
 )
 
 import wsi_pipeline
+from wsi_pipeline.attempt import refuse
 from wsi_pipeline.cli import run
 from wsi_pipeline.device import name_devices
 from wsi_pipeline.engines import run_on_devices, run_slides
+from wsi_pipeline.engines.child import Child
+from wsi_pipeline.engines.devices import _Crew
 from wsi_pipeline.engines.turns import in_good_order
 from wsi_pipeline.errors import JobError, ModelBundleError
 from wsi_pipeline.loading import BundleLoader, visible_alone
@@ -130,6 +133,96 @@ def test_a_bad_slide_fails_alone_or_ends_the_run_if_asked(slides, tmp_path):
     one = {"cuda:0": {}}
     reports = go(some, tmp_path / "out", ["b", "bad", "c"], devices=one, fail_fast=True)
     assert [report.slide_id for report in reports] == ["bad"]
+
+
+class Listed(Child):
+    """A child without a process: lists the slides that it is given."""
+
+    def __init__(self):
+        self.device = "cuda:0"
+        self.held, self.predicting = {}, set()
+        self.fresh, self.asks = True, False
+        self.given = []
+
+    def _send(self, message):
+        self.given.append(getattr(message, "slide_id", message))
+
+
+def a_crew(slides, out, names):
+    """The books of a run on two devices, and two children that were given their first slides."""
+    crew = _Crew([job(slides[n], out) for n in names], TWO, {}, Watcher(), fail_fast=False)
+    children = Listed(), Listed()
+    for child in children:
+        crew._hear(child, "next")
+        (slide_id,) = child.given
+        crew._hear(child, "start", slide_id)
+        crew._hear(child, "advance", slide_id, "predict", 0, 4)
+    return crew, *children
+
+
+def test_what_a_busy_device_cannot_begin_is_left_to_an_idle_one(slides, tmp_path):
+    """The last slide is not made ready beside a large one: it would wait for its end."""
+    crew, one, other = a_crew(slides, tmp_path, ["big", "a", "b"])
+    crew._hear(one, "next")
+    crew._hear(one, "advance", "big", "predict", 3, 4)
+    crew._hear(other, "next")
+    assert (one.given, other.given) == (["big"], ["a"])
+    crew._hear(other, "advance", "a", "predict", 4, 4)
+    assert (one.given, other.given) == (["big"], ["a", "b"])
+    crew._hear(one, "advance", "big", "predict", 4, 4)
+    assert one.given == ["big", None]
+
+
+@pytest.mark.parametrize("how", ["failed", "busy"])
+def test_a_child_that_waits_for_a_slide_gets_it_however_its_last_one_ended(slides, tmp_path, how):
+    crew, one, _ = a_crew(slides, tmp_path, ["big", "a", "b"])
+    crew._hear(one, "next")
+    if how == "failed":
+        crew._hear(
+            one, "finish", "big", refuse(job(slides["big"], tmp_path), JobError("no")), False
+        )
+    else:
+        crew._hear(one, "advance", "big", "waiting for another process", 0, 0)
+    assert one.given == ["big", "b"]
+
+
+def test_as_long_as_one_is_left_for_each_device_a_busy_one_gets_another(slides, tmp_path):
+    crew, one, other = a_crew(slides, tmp_path, ["big", "a", "b", "c"])
+    crew._hear(one, "next")
+    assert one.given == ["big", "b"]
+    crew._hear(other, "next")
+    assert other.given == ["a"]
+
+
+def test_the_process_of_a_device_makes_the_next_slide_ready(slides, tmp_path):
+    watcher = Watcher()
+    one = {"cuda:0": {}}
+    reports = go(slides, tmp_path, ["big", "a", "b"], watcher, devices=one)
+    assert [report.status for report in reports] == ["done"] * 3
+    kinds = {name: [e["event"] for e in events(tmp_path, name)] for name in ("big", "a", "b")}
+    assert {name: own.count("ahead") for name, own in kinds.items()} == {"big": 0, "a": 1, "b": 1}
+    assert watcher.started == ["big", "a", "b"]
+    assert nothing_left_over(tmp_path)
+
+
+def test_after_a_failure_elsewhere_what_is_ready_is_put_back(slides, tmp_path):
+    size = slides["a"].stat().st_size - 1  # the smallest, so the last
+    (tmp_path / "bad.svs").write_bytes(b"II*\0 this is no slide".ljust(size))
+    out = tmp_path / "out"
+    out.mkdir()
+    some = {**slides, "bad": tmp_path / "bad.svs"}
+    load = StubLoader(out, delay_s=0.1, meet=2)
+    reports = go(some, out, ["big", "a", "b", "c", "bad"], load=load, fail_fast=True)
+    ends = {report.slide_id: report.status for report in reports}
+    assert ends.pop("bad") == "failed"
+    assert ends.pop("big") == "done"
+    # Two were made ready: one beside "a", and done after it, and one beside "big".
+    assert len(ends) == 2
+    assert set(ends.values()) == {"done"}
+    (back,) = {"a", "b", "c"} - set(ends)
+    kinds = [event["event"] for event in events(out, back)]
+    assert (kinds[0], kinds[-1], "start" in kinds) == ("ahead", "put_back", False)
+    assert nothing_left_over(out)
 
 
 def test_interrupted_it_goes_on_to_the_same_bytes(slides, alone, tmp_path):

@@ -40,9 +40,9 @@ class Patient(FakeDevice):
         self.rows_seen = seen
         self.in_time = False
 
-    def predict(self, slide, tiles, *, stop, warn):
+    def predict(self, slide, tiles, **how):
         last = tiles.tiles[-1]
-        for block in super().predict(slide, tiles, stop=stop, warn=warn):
+        for block in super().predict(slide, tiles, **how):
             if block.tile is last:
                 self.in_time = self.rows_seen.wait(LONG)
             yield block
@@ -264,8 +264,8 @@ def test_a_table_that_fails_stays_away(sample, tmp_path, monkeypatch, of_the_dev
 
 def test_a_network_that_ends_early_is_an_error_not_an_endless_wait(sample, tmp_path):
     class Short(FakeDevice):
-        def predict(self, slide, tiles, *, stop, warn):
-            yield from list(super().predict(slide, tiles, stop=stop, warn=warn))[:-1]
+        def predict(self, slide, tiles, **how):
+            yield from list(super().predict(slide, tiles, **how))[:-1]
 
     report = go(sample, tmp_path, Short())
     assert report.status == "failed"

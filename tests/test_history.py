@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from wsi_pipeline import history
-from wsi_pipeline.history import append_event, deaths, earlier_starts, older_path
+from wsi_pipeline.history import append_event, deaths, earlier_starts, older_path, suspected
 from wsi_pipeline.job import SlideJob
 
 
@@ -29,6 +29,45 @@ def start(job, job_id=None):
 
 def events(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def log(job, event):
+    append_event(job.log_path, {"event": event, "job_id": job.job_id})
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_slide_that_was_only_made_ready_is_suspected_but_has_killed_nobody(
+    job, monkeypatch, rotated
+):
+    log(job, "ahead")
+    if rotated:
+        monkeypatch.setattr(history, "ROTATED_BYTES", 1)
+        append_event(job.log_path, {"event": "noise"})
+        older_path(job.log_path).unlink()
+        monkeypatch.undo()
+    assert (earlier_starts(job), deaths(job), suspected(job)) == (0, 0, 1)
+    log(job, "ahead")  # it is suspected, not guilty, however often
+    assert (deaths(job), suspected(job)) == (0, 1)
+    log(job, "start")
+    assert (earlier_starts(job), deaths(job), suspected(job)) == (1, 1, 1)
+    append_event(job.log_path, {"event": "end", "status": "done"})
+    assert suspected(job) == 0
+
+
+def test_a_slide_that_was_put_back_is_not_suspected(job):
+    log(job, "ahead")
+    log(job, "put_back")
+    assert (earlier_starts(job), suspected(job)) == (0, 0)
+    start(job)  # and was killed
+    log(job, "ahead")
+    assert suspected(job) == 2
+    log(job, "put_back")
+    assert (deaths(job), suspected(job)) == (1, 1)
+
+
+def test_of_another_job_nothing_is_suspected(job):
+    append_event(job.log_path, {"event": "ahead", "job_id": "another"})
+    assert suspected(job) == 0
 
 
 def test_a_torn_line_costs_itself_alone(job):

@@ -211,6 +211,51 @@ def test_errors_of_the_reader_surface_after_the_good_tiles(bundle, slide):
     assert len(tiles.tiles) == 12
 
 
+def waited_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_reading_can_begin_before_prediction_and_waits_for_it(bundle, slide):
+    predictor = load(bundle, batch_size=2)
+    tiles, expected = predict(predictor, slide)
+    own = FakeSlide(slide.image)
+    before = set(threading.enumerate())
+    feed = predictor.begin(own, tiles)
+    assert waited_for(lambda: len(own.asked) == 6)  # two batches wait, one is about to
+    assert not waited_for_more(own)
+    assert not feed.failed
+    found = list(predictor.predict(own, tiles, feed=feed))
+    assert [tile.tile for tile in found] == list(tiles.tiles)
+    assert all(
+        np.array_equal(one.arrays[key], other.arrays[key])
+        for one, other in zip(found, expected, strict=True)
+        for key in one.arrays
+    )
+    assert len(own.asked) == 12, "each window was read once"
+    feed.close()
+    assert set(threading.enumerate()) <= before
+
+
+def waited_for_more(slide):
+    """Whether anything is read that nobody takes; a short look, which cannot fail wrongly."""
+    asked = len(slide.asked)
+    time.sleep(0.05)
+    return len(slide.asked) > asked
+
+
+def test_reading_that_nobody_wants_any_more_ends(bundle, slide):
+    before = set(threading.enumerate())
+    tiles = TileGrid.cover(slide.grid, tile_px=64, halo_px=32)
+    load(bundle, batch_size=1).begin(FakeSlide(slide.image), tiles).close()
+    broken = load(bundle, batch_size=1).begin(FakeSlide(slide.image, fail_at=0), tiles)
+    assert waited_for(lambda: broken.failed)
+    broken.close()
+    assert set(threading.enumerate()) <= before
+
+
 def test_a_reader_that_ends_early_is_an_error(bundle, slide):
     class Short(FakeSlide):
         def read_windows(self, grid, boxes, **options):

@@ -11,7 +11,7 @@ from wsi_pipeline import machine, memory
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.filling import _panel_px
-from wsi_pipeline.inference import TorchPredictor
+from wsi_pipeline.inference import TorchPredictor, _demand
 from wsi_pipeline.memory import Demand, Sizes, fit_sizes, parse_size
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.synth import write_slide
@@ -67,6 +67,24 @@ def test_threads_go_before_batches_and_batches_before_tiles():
     assert (fewer.tile_px, fewer.batch_size) == (2048, 8)
     assert fewer.extractors < 16
     assert (smaller.tile_px, smaller.batch_size) == (2048, 4)
+
+
+def test_a_slide_that_is_ready_has_canvases_and_batches_of_its_own():
+    gpu = replace(FULL, on_host=False)
+    sizes = Sizes(tile_px=2048, batch_size=8, extractors=4)
+    more = replace(gpu, ahead=True).peak(sizes) - gpu.peak(sizes)
+    canvases_and_batches = sizes.canvas_bytes + 3 * 8 * (2048 + 2 * 160) ** 2 * 3
+    assert more == pytest.approx(1.05 * canvases_and_batches, abs=2)
+    small = Sizes(tile_px=256, batch_size=1, extractors=1, canvas_bytes=memory.SMALL_CANVASES)
+    overview = replace(gpu, ahead=True).peak(small) - gpu.peak(small)
+    assert overview > 2 * memory.SMALL_CANVASES
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cpu", False), ("cuda:1", True), ("mps", True)])
+def test_where_the_network_has_a_device_of_its_own_a_slide_is_ready(device, ahead):
+    bundle = find_bundle("stain-baseline")
+    demand = _demand(bundle.spec, bundle.load_network(), device, "fp32")
+    assert demand.ahead == ahead
 
 
 def test_too_small_a_cap_is_refused_with_the_least_that_does():

@@ -135,9 +135,9 @@ def test_a_tile_that_cannot_be_decoded_for_lack_of_memory_is_no_hole(slides, tmp
 
 def test_smaller_batches_and_pieces_are_in_the_report(slides, tmp_path):
     class Short(StandIn):
-        def predict(self, slide, tiles, *, stop, warn):
+        def predict(self, slide, tiles, *, warn, **how):
             warn("out_of_memory", "one tile at once")
-            yield from super().predict(slide, tiles, stop=stop, warn=warn)
+            yield from super().predict(slide, tiles, warn=warn, **how)
 
     (report,) = go(slides, tmp_path, "a", Short())
     assert report.done

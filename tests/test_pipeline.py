@@ -67,7 +67,10 @@ class StubPredictor:
         self.error = error
         self.seen: list[tuple[int, int]] = []
 
-    def predict(self, slide, tiles, *, stop, warn):
+    def begin(self, slide, tiles):
+        """Read nothing ahead."""
+
+    def predict(self, slide, tiles, *, stop, warn, feed):
         for number, tile in enumerate(tiles.tiles):
             if stop():
                 return

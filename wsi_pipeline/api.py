@@ -30,7 +30,7 @@ from wsi_pipeline.engines import (
     run_slides,
 )
 from wsi_pipeline.errors import JobError, ModelBundleError, WsiPipelineError
-from wsi_pipeline.history import deaths
+from wsi_pipeline.history import suspected
 from wsi_pipeline.job import RunReport, SlideJob
 from wsi_pipeline.loading import BundleLoader, visible_alone
 from wsi_pipeline.machine import available_cpus, peak_rss_mb
@@ -229,8 +229,8 @@ def execute(
     else:
         extractors = available_cpus() if workers == "auto" else workers
         how["workers"] = predictor.extractors if predictor else extractors
-        # Slides that have killed a process come last: the others are done before they do it again.
-        reports = run_slides(sorted(plan.jobs, key=deaths), predictor, **how)
+        # Slides that may kill the process come last: the others are done before they do it again.
+        reports = run_slides(sorted(plan.jobs, key=suspected), predictor, **how)
     if memory is not None and peak_rss_mb() * (1 << 20) > parse_size(memory):
         log.warning("the run held %.0f MiB, more than --memory %s", peak_rss_mb(), memory)
     if len(plan.jobs) == len(plan.entries) and not stop():

@@ -53,12 +53,14 @@ class Attempt:
         DiskFullError, OSError: the folder cannot be written.
     """
 
-    def __init__(self, job: SlideJob, lease: Lease | None = None) -> None:
+    def __init__(self, job: SlideJob, lease: Lease | None = None, *, ahead: bool = False) -> None:
         """Begin.
 
         Args:
             job: what is tried.
             lease: of the slide, if it is taken already.
+            ahead: whether the slide is only made ready: its turn comes with :meth:`begin`, or
+                it is put back.
         """
         self.job = job
         self._lease = lease or take_lease(job)
@@ -81,7 +83,25 @@ class Attempt:
             batch_job=slurm_job()[0] or "",
         )
         self._begun = time.perf_counter()
-        self.log("start", job_id=job.job_id, slide=job.path)
+        self._ready: float | None = None
+        self.log("ahead" if ahead else "start", job_id=job.job_id, slide=job.path)
+
+    def stand_by(self) -> None:
+        """Note that the slide is ready and waits for its turn; the time until then is not its."""
+        self._ready = time.perf_counter()
+        self._lease.note("waiting for its turn", 0, 0)
+
+    def begin(self) -> None:
+        """Note that the turn of a slide that was made ready ahead has come."""
+        if self._ready is not None:
+            self._begun += time.perf_counter() - self._ready
+        self._lease.note("predict", 0, 0)
+        self.log("start", job_id=self.job.job_id, slide=self.job.path)
+
+    def put_back(self) -> None:
+        """Let others at a slide that was made ready and whose turn does not come."""
+        self.log("put_back")
+        self.release()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

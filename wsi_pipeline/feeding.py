@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,7 +50,7 @@ class Batch:
 
 
 class Feeder:
-    """Batches of a slide's windows, prepared by a background thread.
+    """Batches of a slide's windows, prepared by a background thread from :meth:`start` on.
 
     A context manager: leaving it stops the thread and waits for it.
     """
@@ -83,18 +83,36 @@ class Feeder:
         self._cancelled = threading.Event()
         self._queue: queue.Queue[Batch | None] = queue.Queue(ahead)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._filling: Future[None] | None = None
 
     def __enter__(self) -> Iterator[Batch]:
-        self._filling = self._pool.submit(self._fill)
+        self.start()
         return self._batches()
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> Feeder:
+        """Begin to read, unless it has begun."""
+        if self._filling is None:
+            self._filling = self._pool.submit(self._fill)
+        return self
+
+    @property
+    def failed(self) -> bool:
+        """Whether reading has ended with an error, which whoever takes the batches is told."""
+        filling = self._filling
+        return filling is not None and filling.done() and filling.exception() is not None
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; may be called twice."""
         self._cancelled.set()
         self._pool.shutdown(wait=True)
 
     def _batches(self) -> Iterator[Batch]:
         while (batch := self._queue.get()) is not None:
             yield batch
+        assert self._filling is not None  # started, as there was an end
         self._filling.result()
 
     def _fill(self) -> None:

@@ -21,7 +21,15 @@ from wsi_pipeline.store import PredictionBlock, PredictionStore, WrittenBlock
 from wsi_pipeline.tiling import FIT_STEP_PX, PANEL_PX, Tile, TileGrid
 from wsi_pipeline.tissue import TissueMask
 
-__all__ = ["Predictor", "fill_store", "lay_tiles", "open_store", "sealed_store", "writers_beside"]
+__all__ = [
+    "Feed",
+    "Predictor",
+    "fill_store",
+    "lay_tiles",
+    "open_store",
+    "sealed_store",
+    "writers_beside",
+]
 
 WRITERS = 4
 """Threads that compress and write blocks beside a network on another device."""
@@ -30,6 +38,19 @@ WRITERS = 4
 def writers_beside(device: str) -> int:
     """Return how many threads write blocks while the network runs on a device."""
     return 1 if device == "cpu" else WRITERS
+
+
+class Feed(Protocol):
+    """Windows of a slide that are read ahead of the network, by threads of their own."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether that has ended with an error, which is told to whoever asks for windows."""
+        ...
+
+    def close(self) -> None:
+        """End the threads; may be called twice."""
+        ...
 
 
 class Predictor(Protocol):
@@ -45,6 +66,10 @@ class Predictor(Protocol):
     canvas_bytes: int
     extractors: int
 
+    def begin(self, slide: Slide, tiles: TileGrid) -> Feed | None:
+        """Begin to read the windows of tiles; None where that begins with :meth:`predict`."""
+        ...
+
     def predict(
         self,
         slide: Slide,
@@ -52,10 +77,12 @@ class Predictor(Protocol):
         *,
         stop: Callable[[], bool],
         warn: Callable[[str, str], None],
+        feed: Any,  # noqa: ANN401 - of its own kind
     ) -> Iterator[PredictionBlock]:
         """Yield one block a tile, in order; a block keeps its arrays. End when asked to stop.
 
-        ``warn`` is told the code and the message of what the user should know.
+        ``warn`` is told the code and the message of what the user should know; ``feed`` is what
+        :meth:`begin` has returned for the same tiles, or None.
         """
         ...
 
@@ -137,6 +164,7 @@ def fill_store(
     predictor: Predictor,
     stop: Callable[[], bool],
     wrote: Callable[[Tile], None],
+    feed: Feed | None = None,
     allowed: Callable[[], None] = lambda: None,
     warn: Callable[[str, str], None],
 ) -> Generator[Tile, None, None]:
@@ -153,6 +181,7 @@ def fill_store(
             process must not write any more.
         wrote: told of every block that can be read, from the thread that wrote it. The block
             may not be on the disk yet: who reads it has nothing to show before all are.
+        feed: what the predictor has begun to read of these tiles.
         warn: told by the predictor what the user should know.
 
     Yields:
@@ -178,7 +207,7 @@ def fill_store(
 
     predicted, total = 0, len(missing.tiles)
     with Writers(write, commit, threads=writers_beside(predictor.device)) as writers:
-        for block in predictor.predict(slide, missing, stop=stop, warn=warn):
+        for block in predictor.predict(slide, missing, stop=stop, warn=warn, feed=feed):
             writers.hand(block)
             predicted += 1
             yield block.tile

@@ -26,7 +26,7 @@ from typing import Any
 
 from wsi_pipeline.job import SlideJob
 
-__all__ = ["append_event", "deaths", "earlier_starts", "older_path"]
+__all__ = ["append_event", "deaths", "earlier_starts", "older_path", "suspected"]
 
 ROTATED_BYTES = 1 << 20
 """A log that has grown beyond is put aside, and replaces the one that was put aside before."""
@@ -50,10 +50,14 @@ class _History:
     """The most blocks one of them has found finished."""
     working: bool = False
     """Whether the last try has left no word of its end."""
+    ahead: str = ""
+    """The job for which the slide was made ready beside another one, if no word followed."""
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Take note of a line."""
         name, job_id = event.get("event"), str(event.get("job_id", ""))
+        if name in ("ahead", "start", "put_back", "end"):
+            self.ahead = job_id if name == "ahead" else ""
         if name == "rotated":
             with suppress(KeyError, TypeError, ValueError, AttributeError):
                 self._take_over(event["carried"])
@@ -79,6 +83,7 @@ class _History:
         died, finished = int(carried["died"]), int(carried["finished"])
         self.starts, self.died, self.finished = starts, died, finished
         self.job_id, self.working = str(carried["job_id"]), bool(carried["working"])
+        self.ahead = str(carried.get("ahead", ""))
 
 
 def append_event(path: Path, event: Mapping[str, Any]) -> None:
@@ -121,6 +126,16 @@ def deaths(job: SlideJob) -> int:
     # Naming a job reads its slide: only where there is something to count. A run asks this of all
     # its slides before the first is begun.
     return died if died and history.job_id == job.job_id else 0
+
+
+def suspected(job: SlideJob) -> int:
+    """Count the deaths at this job, and one more if it was made ready when a process was killed.
+
+    That one may have been of the slide that was at work then: no slide is given up for it, but
+    nothing is done beside a slide that may kill.
+    """
+    ahead = _read(job.log_path).ahead
+    return deaths(job) + bool(ahead and ahead == job.job_id)
 
 
 def earlier_starts(job: SlideJob) -> int:

@@ -188,6 +188,16 @@ class TorchPredictor:
         )  # fmt: skip
         return predictor
 
+    def begin(self, slide: WindowReader, tiles: TileGrid) -> Feeder:
+        """Begin to read the windows of tiles into batches, in the background.
+
+        Returns:
+            For :meth:`predict` of the same tiles, which closes it; so must who does without.
+        """
+        ahead = WAITING_BATCHES * self.batch_size // self._at_once
+        pin = self.device.startswith("cuda")
+        return Feeder(slide, tiles, self._at_once, self.workers, ahead=ahead, pin=pin).start()
+
     def predict(
         self,
         slide: WindowReader,
@@ -195,6 +205,7 @@ class TorchPredictor:
         *,
         stop: Callable[[], bool] = lambda: False,
         warn: Callable[[str, str], None] = lambda _code, _message: None,
+        feed: Feeder | None = None,
     ) -> Iterator[PredictionBlock]:
         """Predict tiles in their order.
 
@@ -207,6 +218,7 @@ class TorchPredictor:
             stop: asked before each batch; True ends the iteration early.
             warn: told ``out_of_memory`` and a message, once, if anything was computed in
                 smaller batches or pieces than planned.
+            feed: what :meth:`begin` has returned for these tiles; None: begin now.
 
         Yields:
             One block a tile. Closing the iterator ends its threads.
@@ -222,9 +234,7 @@ class TorchPredictor:
         depth = 1 if self.device.startswith("cuda") else 0
         warned = False
         running: deque[tuple[Batch, dict[str, Tensor], DeviceSpan | None]] = deque()
-        ahead = WAITING_BATCHES * self.batch_size // self._at_once
-        feeder = Feeder(slide, tiles, self._at_once, self.workers, ahead=ahead, pin=depth > 0)
-        with feeder as batches:
+        with feed or self.begin(slide, tiles) as batches:
             for batch in batches:
                 if stop():
                     return
@@ -405,6 +415,7 @@ def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) ->
         value_bytes=2 if precision == "int8" else DTYPES[precision].itemsize,
         on_host=not device.startswith("cuda"),
         in_bytes=precision == "int8",
+        ahead=device != "cpu",
     )
 
 

@@ -6,9 +6,10 @@
              predicting:  a pass of the network, batches of pixels, canvases of the slide, blocks
              extracting:  chunks of maps, the windows of each thread, rows on their way
 
-On CUDA the pass is not on the host, and both happen at once. Nothing here grows with the slide,
-except rows: those of a million objects are in the figure. The figures are measured by
-``python -m benchmarks.memory`` (``--network``, ``--full``), those of CUDA are not.
+On CUDA the pass is not on the host, and both happen at once. Where the network has a device of
+its own, the next slide is ready meanwhile, with canvases and batches of its own. Nothing here
+grows with the slide, except rows: those of a million objects are in the figure. The figures are
+measured by ``python -m benchmarks.memory`` (``--network``, ``--full``), those of CUDA are not.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ CANVASES = 192 * MIB
 SMALL_CANVASES = 64 * MIB
 BATCHES = 4
 """Batches of pixels at once: being filled, two waiting, with the network."""
+AHEAD_BATCHES = 3
+"""Those of a slide that is ready: being filled, two waiting."""
+OVERVIEW = 160 * MIB
+"""What reading the overview of such a slide holds, on which its tissue is found, before that."""
 HALVES = 8 * MIB
 """Of each map at most: halved chunks that wait for their neighbours in its pyramid."""
 BLOCKS = 4
@@ -79,6 +84,8 @@ class Demand:
     """Whether the network computes in the host's memory."""
     in_bytes: bool = False
     """Whether it computes in 8-bit integers."""
+    ahead: bool = False
+    """Whether the next slide is made ready meanwhile."""
 
     def peak(self, sizes: Sizes) -> int:
         """Return the bytes that a run holds at its most on the host."""
@@ -90,6 +97,9 @@ class Demand:
         loading = 8 * self.weights  # the file's, and the network's, in float32
         predicting = BATCHES * sizes.batch_size * window * 3 + sizes.canvas_bytes + BLOCKS * maps
         predicting += HALVES * len(self.spec.maps)
+        if self.ahead:
+            waiting = AHEAD_BATCHES * sizes.batch_size * window * 3
+            predicting += max(OVERVIEW, sizes.canvas_bytes + waiting)
         extracting = EXTRACTION + sizes.extractors * EXTRACTOR
         if self.in_bytes:
             loading += RANGES

@@ -6,9 +6,10 @@
                                                                             |
                        RunReport <- preview <- tissue table <- objects table
 
-:func:`predict` needs the slide and a predictor; :func:`polygonize` needs no network and
-imports none. Between them lies the store. On a device of its own the network leaves the
-processor free, and objects are drafted from the blocks as they come.
+:func:`prepare` opens a slide and begins to decode it, :func:`predict` hands it to the network,
+:func:`polygonize` needs no network and imports none. Between the last two lies the store. On a
+device of its own the network leaves the processor free: objects are drafted from the blocks as
+they come, and the next slide is prepared meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +28,14 @@ from numpy.typing import NDArray
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.drafting import ArrivingMaps, Draft
 from wsi_pipeline.durable import remove_tree
-from wsi_pipeline.filling import Predictor, fill_store, lay_tiles, open_store, sealed_store
+from wsi_pipeline.filling import (
+    Feed,
+    Predictor,
+    fill_store,
+    lay_tiles,
+    open_store,
+    sealed_store,
+)
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.instances import extract_objects, outline_polygons
 from wsi_pipeline.job import versions
@@ -39,7 +48,7 @@ from wsi_pipeline.tiling import TileGrid
 from wsi_pipeline.tissue import TissueMask, detect_tissue, read_mask
 from wsi_pipeline.unchanged import unchanged
 
-__all__ = ["Predicted", "Predictor", "polygonize", "predict", "reopen"]
+__all__ = ["Predicted", "Predictor", "Prepared", "polygonize", "predict", "prepare", "reopen"]
 
 TISSUE_MPP = 8.0
 """Pixel size of the thumbnail on which tissue is found, in micrometres."""
@@ -47,7 +56,48 @@ PREVIEW_PX = 1600
 """Long side of the picture in the preview."""
 Advance = Callable[[str, int, int], None]
 """Told the stage, what is done of it, and how much there is."""
+Picture = tuple[NDArray[np.uint8], PixelGrid]
+"""``(H, W, 3)``, and where its pixels lie."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A slide that is open, whose tissue is found, and whose first windows are being decoded.
+
+    A context manager: leaving it ends its threads and closes the slide.
+
+    Raises:
+        SlideError, MaskError: on leaving it, the slide or its mask was changed meanwhile.
+    """
+
+    slide: Slide
+    """Open."""
+    tissue: TissueMask
+    """Where the tissue is."""
+    picture: Picture
+    """The whole slide, for the preview."""
+    tiles: TileGrid
+    """What the network is to see."""
+    missing: TileGrid
+    """Those of them that have no block yet: what is decoded."""
+    store: PredictionStore | None
+    """Their maps; None: they are opened when the slide is predicted."""
+    feed: Feed | None
+    """Their batches, as they are decoded; None where the predictor reads by itself."""
+    held: ExitStack
+    """What is open."""
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self.held.__exit__(kind, error, trace)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +110,8 @@ class Predicted:
     """Its objects, as far as they could be drawn while the maps were made."""
     tissue: TissueMask
     """Where the tissue is."""
-    picture: NDArray[np.uint8]
-    """(H, W, 3) the whole slide, for the preview."""
-    picture_grid: PixelGrid
-    """Where its pixels lie."""
+    picture: Picture
+    """The whole slide, for the preview."""
     size: tuple[int, int]
     """Width and height of level 0."""
     pixel_size: PixelSize
@@ -75,8 +123,49 @@ class Predicted:
             self.store.seal()
 
 
+def prepare(attempt: Attempt, predictor: Predictor, *, anew: bool = False) -> Prepared:
+    """Open a slide, find its tissue, lay its tiles, and begin to decode their windows.
+
+    A store that the same job left unfinished goes on from its missing blocks; one that
+    is sealed already is used as it is.
+
+    Args:
+        attempt: the try at the slide.
+        predictor: the network, which is not used yet.
+        anew: whether the maps that there are will be removed before the slide is predicted;
+            they are not looked at then.
+
+    Raises:
+        WsiPipelineError: the slide, its mask or the disk is not usable.
+    """
+    job, report = attempt.job, attempt.report
+    report.device, report.precision = predictor.device, predictor.precision
+    with ExitStack() as held:
+        slide, tissue = held.enter_context(_opened(attempt))
+        with attempt.stage("predict"):
+            tiles = lay_tiles(slide, tissue, predictor)
+            store = None if anew else open_store(job, slide, tissue, tiles, predictor)
+            missing = tiles if store is None else store.missing(tiles)
+            feed = predictor.begin(slide, missing)
+            if feed is not None:
+                held.enter_context(closing(feed))
+        with attempt.stage("write"):
+            picture = _take_picture(slide)
+        return Prepared(
+            slide=slide,
+            tissue=tissue,
+            picture=picture,
+            tiles=tiles,
+            missing=missing,
+            store=store,
+            feed=feed,
+            held=held.pop_all(),
+        )
+
+
 def predict(
     attempt: Attempt,
+    prepared: Prepared,
     predictor: Predictor,
     *,
     workers: int,
@@ -84,13 +173,11 @@ def predict(
     stop: Callable[[], bool],
     advance: Advance,
 ) -> Predicted:
-    """Open a slide, find its tissue, and fill its store of maps.
-
-    A store that the same job left unfinished goes on from its missing blocks; one that
-    is sealed already is used as it is.
+    """Fill the store of a slide with what the network makes of its tiles.
 
     Args:
         attempt: the try at the slide.
+        prepared: the slide; stays open.
         predictor: the network.
         workers: threads that extract objects.
         beside: whether they begin while the network works.
@@ -101,11 +188,9 @@ def predict(
         WsiPipelineError: the slide, its mask or the disk is not usable.
         Interrupted: ``stop`` said so; finished blocks are kept.
     """
-    job, report = attempt.job, attempt.report
-    report.device, report.precision = predictor.device, predictor.precision
-    with _opened(attempt) as (slide, tissue), attempt.stage("predict"):
-        tiles = lay_tiles(slide, tissue, predictor)
-        store = open_store(job, slide, tissue, tiles, predictor)
+    slide, tissue, tiles = prepared.slide, prepared.tissue, prepared.tiles
+    with attempt.stage("predict"):
+        store = prepared.store or open_store(attempt.job, slide, tissue, tiles, predictor)
         missing = store.missing(tiles)
         maps = ArrivingMaps(store, missing)
         draft = _draft(attempt, maps, workers=workers, stop=stop)
@@ -118,6 +203,7 @@ def predict(
             slide=slide,
             tissue=tissue,
             predictor=predictor,
+            feed=prepared.feed if missing == prepared.missing else None,
             stop=stop,
             allowed=attempt.require_ours,
             wrote=maps.arrived,
@@ -128,7 +214,8 @@ def predict(
                 for number, tile in enumerate(filling, start=done + 1):
                     attempt.predicted_px += tile.predicted.area
                     advance("predict", number, total)
-            return _predicted(attempt, slide, tissue, store, draft)
+            _report_holes(attempt, store)
+        return _predicted(slide, tissue, prepared.picture, store, draft)
 
 
 def reopen(attempt: Attempt, *, workers: int, stop: Callable[[], bool]) -> Predicted:
@@ -152,7 +239,10 @@ def reopen(attempt: Attempt, *, workers: int, stop: Callable[[], bool]) -> Predi
             grid=store.grid, tile_px=store.tile_px, halo_px=store.meta["halo_px"], tiles=()
         )
         draft = _draft(attempt, ArrivingMaps(store, none), workers=workers, stop=stop)
-        return _predicted(attempt, slide, tissue, store, draft)
+        _report_holes(attempt, store)
+        with attempt.stage("write"):
+            picture = _take_picture(slide)
+        return _predicted(slide, tissue, picture, store, draft)
 
 
 def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> None:
@@ -235,23 +325,19 @@ def _draft(
 
 
 def _predicted(
-    attempt: Attempt, slide: Slide, tissue: TissueMask, store: PredictionStore, draft: Draft
+    slide: Slide, tissue: TissueMask, picture: Picture, store: PredictionStore, draft: Draft
 ) -> Predicted:
-    _report_holes(attempt, store)
-    with attempt.stage("write"):
-        picture, picture_grid = _take_picture(slide)
     return Predicted(
         store=store,
         draft=draft,
         tissue=tissue,
         picture=picture,
-        picture_grid=picture_grid,
         size=slide.size,
         pixel_size=slide.pixel_size,
     )
 
 
-def _take_picture(slide: Slide) -> tuple[NDArray[np.uint8], PixelGrid]:
+def _take_picture(slide: Slide) -> Picture:
     size = slide.pixel_size
     extent_um = max(slide.size[0] * size.x, slide.size[1] * size.y)
     return slide.thumbnail(max(extent_um / PREVIEW_PX, size.x, size.y))
@@ -369,8 +455,7 @@ def _write_preview(attempt: Attempt, predicted: Predicted) -> None:
     if small is not None:
         points = read_centroids(job.objects_path, kind=small)
     image = draw_preview(
-        predicted.picture,
-        predicted.picture_grid,
+        *predicted.picture,
         tissue=predicted.tissue,
         polygons={kind: _rings(job.objects_path, kind) for kind in large},
         points=points,

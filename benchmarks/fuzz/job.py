@@ -32,6 +32,9 @@ class _Dark:
     canvas_bytes = 1 << 26
     extractors = 1
 
+    def begin(self, slide: Slide, tiles: TileGrid) -> None:
+        """Read nothing ahead."""
+
     def predict(
         self,
         slide: Slide,
@@ -39,6 +42,7 @@ class _Dark:
         *,
         stop: Callable[[], bool],
         warn: Callable[[str, str], None],
+        feed: None,
     ) -> Iterator[PredictionBlock]:
         boxes = [tile.read for tile in tiles.tiles]
         windows = slide.read_windows(tiles.grid, boxes, threads=1)

@@ -2,8 +2,12 @@
 
 They talk through a pipe that only the two of them hold, so one that is killed leaves no lock::
 
-    parent -> child    an Order; then slides, None when there are no more, or "stop"
+    parent -> child    an Order; then slides, None when there are no more; "close" (begin none of
+                       those that you have), or "stop"
     child  -> parent   "next", and what a Watcher is told; or "unable" and why
+
+A child asks for the next slide while it predicts one, to make it ready. It may have to wait for
+the answer until it has predicted that one, so that other devices get what is left.
 
 The child heeds no signal: a terminal's Ctrl-C and a cluster's SIGTERM reach parent and children
 alike, and it is the parent who decides what they mean. When the parent is gone, the child keeps
@@ -36,7 +40,7 @@ __all__ = ["Child", "Load", "Order", "serve"]
 Load = Callable[[str], Predictor]
 """Loads the network on a device; it is sent to another process, so it must be small."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_STOP = "stop"
+_STOP, _CLOSE = "stop", "close"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,10 @@ class Child:
         self.device = order.device
         self.held: dict[str, SlideJob] = {}
         """Slides that it was given and that have not ended."""
+        self.predicting: set[str] = set()
+        """Those of them that it has begun and whose maps are not known to be complete."""
+        self.asks = False
+        """Whether it waits for a slide."""
         self.fresh = True
         """Whether it was never given a slide."""
         self.error: WsiPipelineError | None = None
@@ -99,10 +107,26 @@ class Child:
 
     def give(self, job: SlideJob | None) -> None:
         """Hand it a slide, or say that there are no more."""
-        self.fresh = False
+        self.fresh = self.asks = False
         if job is not None:
             self.held[job.slide_id] = job
         self._send(job)
+
+    def hear_of(self, slide_id: str, kind: str, *facts: object) -> None:
+        """Note what it says of a slide: the arguments are those of a Watcher."""
+        if kind == "start":
+            self.predicting.add(slide_id)
+        elif kind == "finish":
+            del self.held[slide_id]
+            self.predicting.discard(slide_id)
+        else:
+            stage, done, total = facts
+            if stage != "predict" or done == total:
+                self.predicting.discard(slide_id)
+
+    def close(self) -> None:
+        """Ask it to begin no further slide."""
+        self._send(_CLOSE)
 
     def stop(self) -> None:
         """Ask it to keep its finished blocks and end."""
@@ -152,6 +176,7 @@ def serve(descriptor: int) -> None:
         workers=predictor.extractors,
         overwrite=order.overwrite,
         retry_failed=order.retry_failed,
+        closed=parent.closed.is_set,
     )
 
 
@@ -160,6 +185,7 @@ class _Parent:
 
     def __init__(self, link: Connection) -> None:
         self.stopped = threading.Event()
+        self.closed = threading.Event()
         self.order: Order = link.recv()
         self._link = link
         self._sending = threading.Lock()
@@ -202,4 +228,7 @@ class _Parent:
                 self.stopped.set()
                 self._jobs.put(None)
                 return
-            self._jobs.put(message)
+            if message == _CLOSE:
+                self.closed.set()
+            else:
+                self._jobs.put(message)

@@ -2,7 +2,8 @@
 
 All of them take their slides from one queue, the largest first; each runs them as
 :func:`~wsi_pipeline.engines.here.run_slides` does, with the objects of a slide made while the
-next is predicted. This process computes nothing.
+next is predicted, and the one after that made ready as long as there is one left for every
+device. This process computes nothing.
 """
 
 from __future__ import annotations
@@ -167,21 +168,25 @@ class _Crew:
 
     def _hear(self, child: Child, kind: str, *facts: Any) -> None:  # noqa: ANN401 - see child
         if kind == "next":
-            child.give(self._next_for(child))
+            child.asks = True
         elif kind == "unable":
             (child.error,) = facts
         else:
             slide_id, *more = facts
             job = child.held[slide_id]
+            child.hear_of(slide_id, kind, *more)
             if kind == "start":
                 self._watcher.start(job)
             elif kind == "advance":
                 self._watcher.advance(job, *more)
             else:
-                del child.held[slide_id]
                 self._idle_deaths[child.device] = 0
                 report, skipped = more
                 self._finish(job, report, skipped=skipped)
+        # What a busy device made ready now, an idle one could not have.
+        enough = len(self._waiting) >= len(self._devices)
+        if child.asks and (enough or not child.predicting):
+            child.give(self._next_for(child))
 
     def _next_for(self, child: Child) -> SlideJob | None:
         if self._closed:
@@ -194,8 +199,10 @@ class _Crew:
     def _finish(self, job: SlideJob, report: RunReport, *, skipped: bool) -> None:
         self.reports[job.slide_id] = report
         self._watcher.finish(job, report, skipped=skipped)
-        if self._fail_fast and not report.as_asked:
+        if self._fail_fast and not report.as_asked and not self._closed:
             self._closed = True
+            for child in self._children.values():
+                child.close()
 
     def _bury(self, child: Child) -> None:
         """Take leave of a process that has ended, well or not."""

@@ -58,6 +58,12 @@ class Folders:
         if "://" not in job.path:
             self._wait_for(Path(job.path).parent, job, "the folder of slides")
 
+    def are_there(self, job: SlideJob) -> bool:
+        """Tell whether the folders of a slide, seen before, are there now; waits for nothing."""
+        record = job.out / "run.json"
+        slides = "://" in job.path or Path(job.path).parent.exists()
+        return slides and job.out in self._seen and (record not in self._seen or record.exists())
+
     def _wait_for(self, path: Path, job: SlideJob, what: str) -> None:
         while not path.exists():
             if path not in self._seen or self._patience_s <= 0 or self._stop():

@@ -1,7 +1,8 @@
 """Runs the slides of a batch, one after another, on this machine.
 
 If the network runs on another device, the CPU draws the objects of a slide while its maps
-are made, and finishes its tables while the next slide is predicted.
+are made, and finishes its tables while the next slide is predicted; meanwhile the one after
+that is made ready.
 """
 
 from __future__ import annotations
@@ -9,29 +10,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from wsi_pipeline.attempt import Attempt, record, refuse, take_lease
-from wsi_pipeline.durable import partial_path, remove_tree, sweep
+from wsi_pipeline.durable import partial_path, remove_tree
+from wsi_pipeline.engines.ahead import Ahead, Ready, put_back
+from wsi_pipeline.engines.earlier import (
+    clear,
+    ended,
+    failed_report,
+    made_before_restart,
+    require_maps,
+    require_slide,
+    sweep_up,
+)
 from wsi_pipeline.engines.folders import Folders
 from wsi_pipeline.engines.watcher import Watcher
-from wsi_pipeline.errors import (
-    DiskFullError,
-    OutOfMemoryError,
-    SlideBusyError,
-    SlideError,
-    StoreError,
-    WsiPipelineError,
-)
+from wsi_pipeline.errors import SlideBusyError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
-from wsi_pipeline.history import deaths
-from wsi_pipeline.job import RunReport, SlideJob, finished_report, read_report
-from wsi_pipeline.lease import slurm_job
+from wsi_pipeline.history import deaths, suspected
+from wsi_pipeline.job import RunReport, SlideJob, finished_report
 from wsi_pipeline.machine import pause
-from wsi_pipeline.pipeline import Predicted, polygonize, predict, reopen
-from wsi_pipeline.store import PredictionStore
+from wsi_pipeline.pipeline import Predicted, Prepared, polygonize, predict, prepare, reopen
 
 __all__ = ["Only", "run_slides"]
 
@@ -39,8 +42,6 @@ Only = Literal["maps", "objects"]
 """A half of the work: what needs the network, or what needs none."""
 MOST_DEATHS = 3
 """A slide at which the process was killed so often in a row is given up."""
-LACKS = DiskFullError.code, OutOfMemoryError.code
-"""Errors that tell nothing of what was made before them."""
 ASK_AGAIN_S = 1.0
 """How often to look whether another process has done with a slide."""
 
@@ -56,13 +57,16 @@ def run_slides(
     overwrite: bool = False,
     retry_failed: bool = True,
     fail_fast: bool = False,
+    closed: Callable[[], bool] = lambda: False,
+    ahead: bool | None = None,
 ) -> list[RunReport]:
     """Run slides; a slide that fails becomes a report and the others go on.
 
     A slide that another process is at work on comes last, when that process has done with it.
 
     Args:
-        jobs: one a slide; asked for one by one, when the next slide can be begun.
+        jobs: one a slide; asked for one by one, when the next slide can be begun or, ahead of
+            that, made ready; from a thread then.
         predictor: the network; None with ``only="objects"``.
         watcher: told what goes on.
         stop: polled often; once it is true, running slides are interrupted, keep their
@@ -72,11 +76,15 @@ def run_slides(
         overwrite: do finished slides again, from the beginning.
         retry_failed: try slides again that failed before in the same way as asked now.
         fail_fast: begin no further slide after one has failed.
+        closed: polled; once it is true, no further slide is begun.
+        ahead: whether the next slide is opened, and its first windows are decoded, while one is
+            predicted; None: where the network runs on a device of its own.
 
     Returns:
         The reports of the slides that ended or were done before, in the order of ``jobs``.
     """
     run = _Run(
+        jobs=jobs,
         predictor=predictor,
         watcher=watcher,
         stop=stop,
@@ -85,19 +93,22 @@ def run_slides(
         overwrite=overwrite,
         retry_failed=retry_failed,
         fail_fast=fail_fast,
+        closed=closed,
+        ahead=ahead,
     )
     # One slide at most waits for its tables, so memory stays bounded.
     allowed = 1 if run.beside else 0
     pending: deque[Future[None]] = deque()
     asked: list[str] = []
     with ThreadPoolExecutor(1, thread_name_prefix="objects") as objects:
-        for job in run.in_turn(jobs):
-            asked.append(job.slide_id)
-            half = run.first_half(job)
-            if half is not None:
-                pending.append(objects.submit(run.second_half, job, *half))
-            while len(pending) > allowed:
-                pending.popleft().result()
+        with closing(run.slides):
+            for job in run.in_turn():
+                asked.append(job.slide_id)
+                half = run.first_half(job)
+                if half is not None:
+                    pending.append(objects.submit(run.second_half, job, *half))
+                while len(pending) > allowed:
+                    pending.popleft().result()
         for future in pending:
             future.result()
     return [run.reports[name] for name in dict.fromkeys(asked) if name in run.reports]
@@ -107,6 +118,7 @@ def run_slides(
 class _Run:
     """The state of one call of :func:`run_slides`."""
 
+    jobs: Iterable[SlideJob]
     predictor: Predictor | None
     watcher: Watcher
     stop: Callable[[], bool]
@@ -115,6 +127,8 @@ class _Run:
     overwrite: bool
     retry_failed: bool
     fail_fast: bool
+    closed: Callable[[], bool]
+    ahead: bool | None
     reports: dict[str, RunReport] = field(default_factory=dict)
     busy: dict[SlideJob, SlideBusyError] = field(default_factory=dict)
     waited: dict[SlideJob, str | None] = field(default_factory=dict)
@@ -125,11 +139,21 @@ class _Run:
             waiting=lambda job, what: self.watcher.advance(job, f"waiting for {what}", 0, 0),
             stop=self.stop,
         )
+        self.slides = Ahead(
+            self.jobs,
+            passes=lambda job: self._settled(job) is not None,
+            make_ready=self._make_ready,
+        )
 
     @property
     def beside(self) -> bool:
         """Whether objects are extracted while the network works, on a device of its own."""
         return self.predictor is not None and self.predictor.device != "cpu"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the next slide is made ready while one is predicted."""
+        return self.only != "objects" and (self.beside if self.ahead is None else self.ahead)
 
     def enough(self) -> bool:
         """Whether no further slide is to be begun."""
@@ -137,11 +161,11 @@ class _Run:
         failed = self.fail_fast and any(
             not report.as_asked for report in list(self.reports.values())
         )
-        return failed or self.stop()
+        return failed or self.closed() or self.stop()
 
-    def in_turn(self, jobs: Iterable[SlideJob]) -> Iterator[SlideJob]:
+    def in_turn(self) -> Iterator[SlideJob]:
         """Yield the jobs that are to be begun; those of other processes once these let go."""
-        for job in jobs:
+        for job in self.slides:
             if self.enough():
                 return
             yield job
@@ -158,24 +182,28 @@ class _Run:
 
     def first_half(self, job: SlideJob) -> tuple[Attempt, Predicted] | None:
         """Predict a slide; None when it has ended: settled before, failed or interrupted."""
+        suspect = bool(suspected(job))
         try:
-            attempt = self._begin(job)
+            begun = self._begin(job)
         except SlideBusyError as error:
             self.busy[job] = error
             before = finished_report(job)
             self.waited.setdefault(job, before.started if before else None)
+            self.watcher.advance(job, "waiting for another process", 0, 0)
             return None
         except (OSError, MemoryError, WsiPipelineError) as error:
             # Its files are of no use; other slides may go well.
             self._finish(job, refuse(job, error))
             return None
-        if attempt is None:
+        if begun is None:
             return None
+        attempt, prepared = begun
+        # Beside one that may kill its process nothing is done, so that it is known which does.
+        alone = suspect and prepared is None
         result: list[Predicted] = []
 
         def work() -> None:
-            self._require_survivor(job)
-            predicted = self._predict(attempt)
+            predicted = self._predict(attempt, prepared, alone=alone)
             if self.only == "maps":
                 with attempt.stage("write"):
                     attempt.require_ours()
@@ -191,40 +219,84 @@ class _Run:
             return None
         return attempt, result[0]
 
-    def _predict(self, attempt: Attempt) -> Predicted:
+    def _predict(self, attempt: Attempt, prepared: Prepared | None, *, alone: bool) -> Predicted:
         stop = self._stop_for(attempt)
+        if prepared is None:
+            self._require_survivor(attempt.job)
         if self.predictor is None:
             return reopen(attempt, workers=self.workers, stop=stop)
-        return predict(
-            attempt,
-            self.predictor,
-            workers=self.workers,
-            beside=self.beside and self.only is None,
-            stop=stop,
-            advance=self._advance_for(attempt),
-        )
+        with prepared or prepare(attempt, self.predictor) as ready:
+            if self.looks_ahead and not alone:
+                self.slides.look()
+            return predict(
+                attempt,
+                ready,
+                self.predictor,
+                workers=self.workers,
+                beside=self.beside and self.only is None,
+                stop=stop,
+                advance=self._advance_for(attempt),
+            )
 
-    def _begin(self, job: SlideJob) -> Attempt | None:
-        self.folders.require(job)
-        if self._passed_over(job):
-            return None
-        _require_slide(job)
-        if self.only == "objects":
-            _require_maps(job)
+    def _begin(self, job: SlideJob) -> tuple[Attempt, Prepared | None] | None:
         with ExitStack() as stack:
-            lease = take_lease(job)
-            stack.callback(lease.release)
-            # Another process may have done it between the first look and the lease.
-            if self._passed_over(job):
+            ready = self.slides.take(job)
+            if ready is not None:
+                stack.callback(ready.put_back)
+            self.folders.require(job)
+            if ready is None and self._passed_over(job):
                 return None
-            attempt = Attempt(job, lease)
+            require_slide(job)
+            if self.only == "objects":
+                require_maps(job)
+            if ready is None:
+                lease = take_lease(job)
+                stack.callback(lease.release)
+                # Another process may have done it between the first look and the lease.
+                if self._passed_over(job):
+                    return None
+                attempt = Attempt(job, lease)
+            else:
+                attempt = ready.attempt
+                attempt.begin()
             self.watcher.start(job)
             attempt.require_ours()
             if self.only != "objects":  # which replaces its tables when it has others
-                _clear(job, maps=self.overwrite and _ended(job))
-            _sweep(job)
+                clear(job, maps=self._is_anew(job))
+            sweep_up(job)
             stack.pop_all()
-        return attempt
+        return attempt, ready.prepared if ready else None
+
+    def _make_ready(self, job: SlideJob) -> Ready | None:
+        """Make a slide ready for its turn; None where that is left to the turn.
+
+        Results that it has stay until then, and so do maps: those that another try has begun are
+        opened in its turn.
+
+        Raises:
+            Exception: whatever is wrong, which its turn will tell.
+        """
+        assert self.predictor is not None  # without a network, nothing is done ahead
+        if suspected(job) or not self.folders.are_there(job):
+            return None
+        require_slide(job)
+        with ExitStack() as stack:
+            lease = take_lease(job)
+            stack.callback(lease.release)
+            anew = self._is_anew(job)
+            maps = job.maps_path, partial_path(job.maps_path)
+            if self._settled(job) is not None or (not anew and any(map(Path.exists, maps))):
+                return None
+            attempt = Attempt(job, lease, ahead=True)
+            stack.callback(put_back, attempt, made_maps=not anew)
+            prepared = prepare(attempt, self.predictor, anew=anew)
+            attempt.stand_by()
+            stack.pop_all()
+        return Ready(attempt=attempt, prepared=prepared)
+
+    def _is_anew(self, job: SlideJob) -> bool:
+        """Whether a slide is begun without the maps that there are."""
+        return self.overwrite and ended(job)
 
     def _passed_over(self, job: SlideJob) -> bool:
         """Whether nothing is left to be done on a slide; says so."""
@@ -241,14 +313,14 @@ class _Run:
 
     def _settled(self, job: SlideJob) -> RunReport | None:
         """Return the report of a slide on which nothing is left to be done."""
-        failed = _failed_report(job)
+        failed = failed_report(job)
         if self.only == "objects" and failed is not None and not job.maps_path.exists():
             return failed  # why there are no maps is worth more than that there are none
         finished = finished_report(job)
         if self.overwrite and finished is not None:
             # What another process did while this run waited for it is as new as asked for.
             anew = job in self.waited and finished.started != self.waited[job]
-            return finished if anew or _made_before_restart(finished) else None
+            return finished if anew or made_before_restart(finished) else None
         return finished or (None if self.retry_failed or self.overwrite else failed)
 
     def _require_survivor(self, job: SlideJob) -> None:
@@ -286,96 +358,3 @@ class _Run:
     def _finish(self, job: SlideJob, report: RunReport, *, skipped: bool = False) -> None:
         self.reports[job.slide_id] = report
         self.watcher.finish(job, report, skipped=skipped)
-
-
-def _failed_report(job: SlideJob) -> RunReport | None:
-    """Return the report of this very job, if it has failed."""
-    report = read_report(job.report_path)
-    same = report is not None and report.job_id == job.job_id and report.status == "failed"
-    return report if same else None
-
-
-def _made_before_restart(report: RunReport) -> bool:
-    """Whether an earlier start of the same Slurm job did this: it is not overwritten again."""
-    number, restart = slurm_job()
-    return restart > 0 and report.batch_job == number
-
-
-def _require_slide(job: SlideJob) -> None:
-    """Refuse to take back what is done for a slide that nobody can see now.
-
-    A disk may not be mounted, or the slide was removed to make room.
-
-    Raises:
-        SlideError: the slide is done, and its file or its mask is not there.
-    """
-    report = read_report(job.report_path)
-    missing = job.missing_input()
-    if report is not None and report.done and missing is not None:
-        msg = (
-            f"{missing} is not there or cannot be read, so it cannot be told whether it is still "
-            "the slide whose results are in the folder; they stay as they are. Bring it back, or "
-            "leave it out."
-        )
-        raise SlideError(msg)
-
-
-def _require_maps(job: SlideJob) -> None:
-    """Refuse to report on a slide that is done what can only be that there are no maps of it.
-
-    Raises:
-        StoreError: the maps that this job asks for are not there.
-    """
-    report = read_report(job.report_path)
-    if report is None or not report.done:
-        return  # whose report may say so
-    try:
-        store = PredictionStore.open(job.maps_path)
-        if store.meta["made"].get("job") != job.job_id:
-            raise StoreError(f"{job.maps_path} was made by other options, or of another slide.")
-    except StoreError as error:
-        msg = (
-            f"{error} The tables that were made of it stay as they are; to make them again, run "
-            "with --overwrite and without --only."
-        )
-        raise StoreError(msg) from error
-
-
-def _ended(job: SlideJob) -> bool:
-    """Whether the last try at this job came to an end that --overwrite throws away.
-
-    One that was interrupted goes on, and so does one that lacked room: its maps are good.
-    """
-    failed = _failed_report(job)
-    lacked = failed is not None and (failed.error or {}).get("code") in LACKS
-    return finished_report(job) is not None or (failed is not None and not lacked)
-
-
-def _clear(job: SlideJob, *, maps: bool) -> None:
-    """Take back the claim and the tables.
-
-    Args:
-        job: what is begun.
-        maps: whether finished and half-finished maps go, too.
-    """
-    job.report_path.unlink(missing_ok=True)
-    for path in (job.objects_path, job.tissue_path, job.preview_path):
-        # A table of another pixel size or mask must not outlive its report.
-        path.unlink(missing_ok=True)
-    if maps:
-        remove_tree(partial_path(job.maps_path))
-        remove_tree(job.maps_path)
-
-
-def _sweep(job: SlideJob) -> None:
-    """Sweep up after processes that were killed."""
-    for path in (
-        job.objects_path,
-        job.tissue_path,
-        job.preview_path,
-        job.maps_path,
-        job.report_path,
-        job.lease_path,
-        job.log_path,
-    ):
-        sweep(path)

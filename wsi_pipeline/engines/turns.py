@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from wsi_pipeline.history import deaths
+from wsi_pipeline.history import suspected
 from wsi_pipeline.job import SlideJob
 
 __all__ = ["in_good_order"]
@@ -19,10 +19,10 @@ def in_good_order(jobs: Iterable[SlideJob]) -> tuple[list[SlideJob], list[SlideJ
     all end at nearly the same time.
 
     Returns:
-        Innocent slides by size; then those at which a process was killed, to be done last.
+        Innocent slides by size; then those that may have killed a process, to be done last.
     """
     ordered = sorted(jobs, key=_size_bytes, reverse=True)
-    suspect = {job.slide_id for job in ordered if deaths(job)}
+    suspect = {job.slide_id for job in ordered if suspected(job)}
     return (
         [job for job in ordered if job.slide_id not in suspect],
         [job for job in ordered if job.slide_id in suspect],
