@@ -124,7 +124,9 @@ def notes(monkeypatch):
 def small_pictures():
     """Drawing is most of the time of such small slides."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "draw_preview", lambda picture, *_, **__: picture[::4, ::4])
+        patch.setattr(
+            "wsi_pipeline.results.draw_preview", lambda picture, *_, **__: picture[::4, ::4]
+        )
         yield
 
 

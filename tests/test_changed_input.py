@@ -36,7 +36,9 @@ class Meddler(StandIn):
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
     """Drawing is most of the time of such small slides."""
-    monkeypatch.setattr(pipeline, "draw_preview", lambda picture, *_, **__: picture[::4, ::4])
+    monkeypatch.setattr(
+        "wsi_pipeline.results.draw_preview", lambda picture, *_, **__: picture[::4, ::4]
+    )
 
 
 @pytest.fixture(scope="module")

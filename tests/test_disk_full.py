@@ -6,7 +6,6 @@ import subprocess
 import pytest
 
 from benchmarks.standin import StandIn
-from wsi_pipeline import pipeline
 from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.instances import spool
 from wsi_pipeline.job import SlideJob, read_report
@@ -39,7 +38,9 @@ def slide(tmp_path_factory):
 def cheap():
     """Small pictures, which are most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "draw_preview", lambda picture, *_, **__: picture[::4, ::4])
+        patch.setattr(
+            "wsi_pipeline.results.draw_preview", lambda picture, *_, **__: picture[::4, ::4]
+        )
         yield
 
 

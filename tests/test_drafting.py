@@ -230,7 +230,7 @@ def test_a_draft_that_fails_costs_no_maps(sample, tmp_path, monkeypatch, of_the_
     assert results(tmp_path) == results(of_the_device)
 
 
-@pytest.mark.parametrize("where", ["pipeline._report_holes", "pipeline._metadata"])
+@pytest.mark.parametrize("where", ["pipeline._report_holes", "pipeline.provenance"])
 def test_what_fails_after_the_last_block_ends_the_draft(
     sample, tmp_path, monkeypatch, of_the_device, where
 ):

@@ -20,9 +20,9 @@ PLACES = {
     "a block is predicted": "benchmarks.standin._arrays",
     "a block is written": "wsi_pipeline.store.PredictionStore._write_chunks",
     "rows are put aside": "wsi_pipeline.instances.spool.Spool.put",
-    "polygons are traced": "wsi_pipeline.pipeline.outline_polygons",
+    "polygons are traced": "wsi_pipeline.results.outline_polygons",
     "rows are written": "wsi_pipeline.table.ObjectWriter.write",
-    "the picture is drawn": "wsi_pipeline.pipeline.draw_preview",
+    "the picture is drawn": "wsi_pipeline.results.draw_preview",
 }
 """What may ask for more memory than there is."""
 
@@ -30,7 +30,9 @@ PLACES = {
 @pytest.fixture(scope="module", autouse=True)
 def small_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "draw_preview", lambda picture, *_, **__: picture[::4, ::4])
+        patch.setattr(
+            "wsi_pipeline.results.draw_preview", lambda picture, *_, **__: picture[::4, ::4]
+        )
         yield
 
 

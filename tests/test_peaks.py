@@ -14,7 +14,7 @@ from scipy import ndimage as ndi
 from torch import nn
 
 import wsi_pipeline as wsi
-from wsi_pipeline import pipeline
+from wsi_pipeline import results
 from wsi_pipeline.bundle import save_bundle
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.instances import extract_objects, places
@@ -293,7 +293,7 @@ def test_a_fresh_detect_head_expects_few_objects():
 def test_maps_of_a_detect_head_are_sigmoids(bundle):
     predictor = TorchPredictor.load(bundle, device="cpu", precision="fp32", tile_size=64)
     logits = torch.randn(2, 3, 96, 96) * 3
-    (maps,) = predictor._maps(SPEC.head("ring"), logits).values()
+    (maps,) = predictor._maps(SPEC.head("ring"), logits, 96).values()
     p = 1 / (1 + np.exp(-logits.double().numpy()[..., 16:80, 16:80]))
     p = p.reshape(2, 3, 32, 2, 32, 2).mean((3, 5))
     assert maps.dtype == torch.uint8
@@ -319,9 +319,9 @@ def run_with(bundle, slide, folder, heads):
 def test_a_run_writes_boxes_into_the_table(bundle, slide, tmp_path, monkeypatch, alone):
     heads = (replace(HEADS[1], parent=None),) if alone else HEADS
     drawn = {}
-    draw = pipeline.draw_preview
+    draw = results.draw_preview
     monkeypatch.setattr(
-        pipeline, "draw_preview", lambda *a, **how: drawn.update(how) or draw(*a, **how)
+        results, "draw_preview", lambda *a, **how: drawn.update(how) or draw(*a, **how)
     )
     report, out = run_with(bundle, slide, tmp_path, heads)
     assert set(report.counts) == {h.object_kind for h in heads}

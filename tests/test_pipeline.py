@@ -246,8 +246,8 @@ class Killed(BaseException):
         "wsi_pipeline.pyramid.Pyramid.finish",
         "wsi_pipeline.store.publish_directory",
         "wsi_pipeline.pipeline.extract_objects",
-        "wsi_pipeline.pipeline.write_tissue",
-        "wsi_pipeline.pipeline.write_preview",
+        "wsi_pipeline.results.write_tissue",
+        "wsi_pipeline.results.write_preview",
         "wsi_pipeline.job.RunReport.write",
     ],
 )
@@ -626,7 +626,7 @@ def test_what_lacked_room_goes_on_under_overwrite(slide, tmp_path, monkeypatch):
 
     go(slide, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("wsi_pipeline.pipeline.write_tissue", full)
+        patch.setattr("wsi_pipeline.results.write_tissue", full)
         assert go(slide, tmp_path, overwrite=True).error["code"] == "disk_full"
     again = StubPredictor()
     assert go(slide, tmp_path, again, overwrite=True).status == "done"
@@ -794,7 +794,7 @@ def test_a_slide_that_kills_again_and_again_is_given_up(slide, tmp_path, monkeyp
 
     def died():
         with monkeypatch.context() as patch:
-            patch.setattr("wsi_pipeline.pipeline.write_tissue", kill)
+            patch.setattr("wsi_pipeline.results.write_tissue", kill)
             with pytest.raises(Killed):
                 go(slide, tmp_path)
 

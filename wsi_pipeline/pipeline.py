@@ -18,12 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TypeVar
 
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.drafting import ArrivingMaps, Draft
@@ -36,14 +32,11 @@ from wsi_pipeline.filling import (
     open_store,
     sealed_store,
 )
-from wsi_pipeline.geometry import PixelGrid
-from wsi_pipeline.instances import extract_objects, outline_polygons
-from wsi_pipeline.job import versions
-from wsi_pipeline.preview import draw_preview, write_preview
-from wsi_pipeline.slide import PixelSize, Slide
-from wsi_pipeline.spec import AnchorRules, PeakRules
+from wsi_pipeline.instances import extract_objects
+from wsi_pipeline.results import Picture, Predicted, provenance, save_preview, save_tissue
+from wsi_pipeline.slide import Slide
 from wsi_pipeline.store import PredictionStore
-from wsi_pipeline.table import ObjectWriter, read_centroids, read_objects, write_tissue
+from wsi_pipeline.table import ObjectWriter
 from wsi_pipeline.tiling import TileGrid
 from wsi_pipeline.tissue import TissueMask, detect_tissue, read_mask
 from wsi_pipeline.unchanged import unchanged
@@ -56,8 +49,6 @@ PREVIEW_PX = 1600
 """Long side of the picture in the preview."""
 Advance = Callable[[str, int, int], None]
 """Told the stage, what is done of it, and how much there is."""
-Picture = tuple[NDArray[np.uint8], PixelGrid]
-"""``(H, W, 3)``, and where its pixels lie."""
 T = TypeVar("T")
 
 
@@ -98,29 +89,6 @@ class Prepared:
         trace: TracebackType | None,
     ) -> bool | None:
         return self.held.__exit__(kind, error, trace)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predicted:
-    """A slide whose maps are complete, and what the tables need to know of it."""
-
-    store: PredictionStore
-    """The maps; sealed already, if an earlier try came as far."""
-    draft: Draft
-    """Its objects, as far as they could be drawn while the maps were made."""
-    tissue: TissueMask
-    """Where the tissue is."""
-    picture: Picture
-    """The whole slide, for the preview."""
-    size: tuple[int, int]
-    """Width and height of level 0."""
-    pixel_size: PixelSize
-    """Micrometres per level-0 pixel."""
-
-    def seal(self) -> None:
-        """Give the maps their final name without making tables of them."""
-        with closing(self.draft):
-            self.store.seal()
 
 
 def prepare(attempt: Attempt, predictor: Predictor, *, anew: bool = False) -> Prepared:
@@ -255,7 +223,7 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
     job, report, objects = attempt.job, attempt.report, predicted.draft.extraction
     with attempt.stage("write"), closing(predicted.draft), ExitStack() as stack:
         predicted.store.require_there()
-        metadata = _metadata(attempt, predicted)
+        metadata = provenance(attempt, predicted)
         pixel_size = predicted.store.pixel_size
         table = ObjectWriter(job.objects_path, metadata=metadata, pixel_size=pixel_size)
         stack.enter_context(table)
@@ -273,8 +241,8 @@ def polygonize(attempt: Attempt, predicted: Predicted, *, advance: Advance) -> N
     if objects.oversized:
         attempt.log("oversized", level="warning", objects=objects.oversized)
     with attempt.stage("write"):
-        _write_tissue(attempt, predicted, store, metadata)
-        _write_preview(attempt, predicted)
+        save_tissue(attempt, predicted, store, metadata)
+        save_preview(attempt, predicted)
         for path in (job.objects_path, job.tissue_path, job.preview_path):
             attempt.add_output(path)
         if job.keep_maps:
@@ -378,94 +346,3 @@ def _timed(batches: Iterable[T], attempt: Attempt, advance: Advance) -> Iterator
         spent = time.perf_counter() - begun
         attempt.add_seconds("write", spent)
         attempt.add_seconds("polygonize", -spent)
-
-
-def _metadata(attempt: Attempt, predicted: Predicted) -> dict[str, Any]:
-    """Return the provenance kept inside the tables: no times, no hosts, no folders."""
-    job, store = attempt.job, predicted.store
-    size = predicted.pixel_size
-    return {
-        "slide": {
-            "name": Path(job.path).name,
-            "slide_id": job.slide_id,
-            "width": predicted.size[0],
-            "height": predicted.size[1],
-            "mpp": {"x": size.x, "y": size.y, "source": size.source},
-        },
-        "model": {
-            "name": job.model_name,
-            "sha256": job.model_digest,
-            "classes": {head.name: list(head.classes) for head in store.spec.heads if head.classes},
-        },
-        "options": {
-            # Which of several alike it was makes no difference.
-            "device": (attempt.report.device or "").partition(":")[0],
-            "precision": attempt.report.precision,
-            "tile_px": store.tile_px,
-            "working_mpp": [
-                spacing * mpp
-                for spacing, mpp in zip(store.grid.spacing, store.pixel_size, strict=True)
-            ],
-            "mask": predicted.tissue.source,
-        },
-        "versions": versions(),
-    }
-
-
-def _write_tissue(
-    attempt: Attempt, predicted: Predicted, store: PredictionStore, metadata: dict[str, Any]
-) -> None:
-    job, tissue = attempt.job, predicted.tissue
-    regions: list[tuple[str, bytes, float]] = []
-    head = store.spec.patch_head
-    if head is not None:
-        grid = store.head_grid(head.name)
-        classes = store.read(f"{head.name}/class", grid.box)
-        inside = tissue.window(grid, grid.box)
-        labels = np.where(inside, classes.astype(np.int32) + 1, 0)
-        regions = [
-            (head.classes[value - 1], wkb, pixels * _pixel_um2(grid, store))
-            for value, wkb, pixels in outline_polygons(labels, grid)
-        ]
-    write_tissue(
-        job.tissue_path,
-        slide_id=job.slide_id,
-        outline=[
-            (wkb, pixels * _pixel_um2(tissue.grid, store))
-            for _, wkb, pixels in outline_polygons(tissue.mask, tissue.grid)
-        ],
-        regions=regions,
-        pixel_size=store.pixel_size,
-        metadata=metadata,
-    )
-
-
-def _pixel_um2(grid: PixelGrid, store: PredictionStore) -> float:
-    return grid.spacing[0] * grid.spacing[1] * store.pixel_size[0] * store.pixel_size[1]
-
-
-def _write_preview(attempt: Attempt, predicted: Predicted) -> None:
-    """Draw large objects as outlines and the small ones as a density, from the table."""
-    job, heads = attempt.job, predicted.store.spec.object_heads
-    # Boxes are few beside nuclei, and better drawn one by one; alone they are the density.
-    by_rules = {type(h.rules): h.object_kind for h in reversed(heads)}
-    small = by_rules.get(AnchorRules) or by_rules.get(PeakRules)
-    large = [h.object_kind for h in heads if h.object_kind and h.object_kind != small]
-    points = np.zeros((0, 2))
-    if small is not None:
-        points = read_centroids(job.objects_path, kind=small)
-    image = draw_preview(
-        *predicted.picture,
-        tissue=predicted.tissue,
-        polygons={kind: _rings(job.objects_path, kind) for kind in large},
-        points=points,
-        pixel_size=predicted.store.pixel_size,
-        title=job.slide_id,
-        counts=attempt.report.counts,
-    )
-    write_preview(job.preview_path, image)
-
-
-def _rings(path: Path, kind: str) -> list[NDArray[np.float64]]:
-    geometries = read_objects(path, kind=kind, columns=["geometry"]).geometry
-    return [np.asarray(polygon.exterior.coords) for polygon in geometries]
