@@ -26,7 +26,7 @@ class Network:
         self.device = device
         self.fail_at = fail_at
 
-    def predict(self, slide, tiles, *, stop, warn):
+    def predict(self, slide, tiles, *, stop, warn, feed=None):
         for number, tile in enumerate(tiles.tiles):
             if stop():
                 return
