@@ -2,11 +2,13 @@
 
     python -m benchmarks.precisions --data $WSI_DATA --annotations annotations
         [--precisions bf16 int8] [--networks cerberus-lite cerberus] [--rounds 7] [--sets ...]
+    python -m benchmarks.precisions --data $WSI_DATA --half
 
 Prints JSON. ``seconds``: of a tile of 1024 px, noise in memory, every precision in turn within a
 round; medians, and the median of its ratios to bf16 within a round. ``cerberus`` is the network of
 the paper with random weights. ``scores``: PQ of ``cerberus-lite`` on held-out annotated images.
 ``objects``: PQ of the objects of a precision against those of float32, on regions of real slides.
+``--half``: the same for bf16 as torch casts it, with exact pixels, and with sums of kernels kept.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +31,7 @@ from benchmarks.network_ledger import WIDTHS
 from benchmarks.quality.consistency import compare_maps, region_maps
 from benchmarks.quality.judging import judge_set
 from benchmarks.quality.sets import open_sets
+from wsi_pipeline import half, inference
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.geometry import Box
@@ -115,6 +120,20 @@ def objects(precisions: list[str], slides: Path) -> dict:
     return found
 
 
+def half_steps(slides: Path) -> dict:
+    """Return PQ of bf16 objects against those of float32, by region and what is done for them."""
+    found: dict[str, dict] = {}
+    for name, patched in {
+        "cast": patch.object(inference, "to_half", lambda _network, _dtype: None),
+        "pixels exact": patch.object(half, "rounded_kernels", lambda weights, _dtype: weights),
+        "sums of kernels kept": nullcontext(),
+    }.items():
+        with patched:
+            for region, row in objects(["bf16"], slides).items():
+                found.setdefault(region, {})[name] = row["bf16"]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -124,8 +143,12 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", default=["monuseg", "crops", "ebhi"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-regions", action="store_true")
+    parser.add_argument("--half", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()
+    if options.half:
+        print(json.dumps(half_steps(options.data / "slides"), indent=2))
+        return
     others = [p for p in options.precisions if p != "fp32"]
     every = ["fp32", *others]
     result: dict[str, object] = {
