@@ -286,8 +286,10 @@ def test_a_slide_that_cannot_be_made_ready_fails_in_its_turn_as_ever(slides, tmp
     some = tmp_path / "slides"
     shutil.copytree(slides, some)
     (some / "b.svs").write_bytes(b"II*\0 this is no slide")
-    tried = at_last(lambda: notes.wait_for("open", "b"))
+    # it costs the slide behind it nothing
+    tried = at_last(lambda: notes.wait_for("open", "b") and notes.wait_for("read", "c"))
     reports = go(some, tmp_path / "out", notes, "abc", tried)
+    assert notes.place("read", "c") < notes.place("start", "b")
     assert [report.status for report in reports] == ["done", "failed", "done"]
     assert told(notes, "b") == ["open", "start", "open", "finish"]
     assert notes.place("start", "b") > notes.place("predicted", "a")

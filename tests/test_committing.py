@@ -119,12 +119,12 @@ def test_the_disk_holds_up_nobody_until_it_is_far_behind(books, monkeypatch):
 
         other = threading.Thread(target=network)
         other.start()
-        # one with the disk, three that wait for it, two with the writers that cannot pass them on
-        until(lambda: len(books.written) == 1 + 3 + threads)
-        until(lambda: len(handed) == 3 + threads + 1)
+        # one with the disk, two that wait for it, two with the writers that cannot pass them on
+        until(lambda: len(books.written) == 3 + threads)
+        until(lambda: len(handed) == 2 + threads + 1)
         time.sleep(0.05)
-        assert len(books.written) == 1 + 3 + threads
-        assert len(handed) == 3 + threads + 1, "one more waits for a writer"
+        assert len(books.written) == 3 + threads
+        assert len(handed) == 2 + threads + 1, "one more waits for a writer"
         books.go_on.set()
         other.join()
     assert books.committed == [*range(20)]
@@ -173,7 +173,7 @@ def test_a_commit_that_fails_is_told_and_ends_the_writing(books, count):
 
 
 def test_who_waits_for_room_hears_of_a_commit_that_fails(books, monkeypatch):
-    monkeypatch.setattr(committing, "MOST_WRITTEN", 1)
+    monkeypatch.setattr(committing, "MOST_WRITTEN", 2)
     books.fail_at = 0
     books.go_on.clear()
 
@@ -199,6 +199,18 @@ def test_what_was_handed_over_is_committed_when_its_giver_fails(books):
     with pytest.raises(KeyboardInterrupt):
         hand(Writers(books.write, books.commit, threads=2), numbers())
     assert books.committed == [0, 1, 2, 3]
+
+
+def test_a_wish_to_end_is_told_rather_than_a_commit_that_fails(books):
+    books.fail_at = 0
+
+    def numbers():
+        yield 0
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hand(Writers(books.write, books.commit, threads=1), numbers())
+    assert books.committed == []
 
 
 def test_no_block_no_commit(books):

@@ -224,7 +224,7 @@ def test_reading_can_begin_before_prediction_and_waits_for_it(bundle, slide):
     own = FakeSlide(slide.image)
     before = set(threading.enumerate())
     feed = predictor.begin(own, tiles)
-    assert waited_for(lambda: len(own.asked) == 6)  # two batches wait, one is about to
+    assert waited_for(lambda: len(own.asked) == 5)  # two batches wait, one tile is about to
     assert not waited_for_more(own)
     assert not feed.failed
     found = list(predictor.predict(own, tiles, feed=feed))
@@ -378,6 +378,17 @@ def test_batches_of_several_tiles_bind_windows_to_one_size(bundle):
     for where, batch_size, fits in (("cpu", 1, True), ("cpu", 4, True), ("meta", 4, False)):
         predictor = TorchPredictor(SPEC, network, device=where, batch_size=batch_size, **plain)
         assert predictor.is_fitting == fits
+
+
+def test_a_network_that_looks_at_all_of_its_input_gets_whole_tiles():
+    options = {"width": 16, "attention_heads": 2, "image_px": 128}
+    heads = (SPEC.head("nuclei"),)
+    medt = dataclasses.replace(SPEC, architecture="medt", options=options, heads=heads)
+    plain = {"device": "cpu", "tile_px": 64, "halo_px": 32, "batch_size": 1, "workers": 1}
+    predictor = TorchPredictor(medt, build_network(medt).eval(), precision="fp32", **plain)
+    assert not predictor.is_fitting
+    predictor._piece_px = 4 * inference._LEAST_PIECE_PX
+    assert not predictor._can_halve_pieces
 
 
 def test_the_next_slide_is_told_of_pieces_too(bundle, slide):

@@ -242,6 +242,23 @@ def test_a_lease_says_whose_it_is_from_its_first_moment_on(path, monkeypatch):
     held.release()
 
 
+def test_a_link_that_was_made_and_asked_for_again_is_ours(path, monkeypatch):
+    """A file server whose answer is lost is asked again, and says that it is there."""
+    link = os.link
+
+    def repeated(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    held = Lease.take(path)
+    assert not held.lost
+    assert os.listdir(path.parent) == [path.name]
+    with pytest.raises(SlideBusyError):
+        Lease.take(path)
+    held.release()
+
+
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOENT, errno.ENOTSUP])
 def test_a_lease_needs_no_links(path, monkeypatch, number):
     def none(*_):

@@ -47,6 +47,39 @@ def make(path: Path, made: str = "job", tile_px: int = 64) -> tuple[PredictionSt
     return store, tiles
 
 
+@pytest.mark.parametrize("side", [16, 64])
+def test_what_could_not_be_read_is_a_share_of_what_was_predicted(tmp_path, side):
+    """Of windows fitted to the tissue, a small one counts as little as it is."""
+
+    def extent(write):
+        return write if write.x == 0 else Box(x=write.x, y=write.y, width=side, height=16)
+
+    tiles = TileGrid.cover(
+        GRID, tile_px=64, halo_px=16, wanted=lambda box: box.y == 0, extent=extent, step_px=16
+    )
+    store = PredictionStore.create(
+        tmp_path / "a.zarr", spec=SPEC, tiles=tiles, pixel_size=(0.25, 0.26), made={}
+    )
+    lost = 0
+    for number, tile in enumerate(tiles.tiles):
+        lost_px = tile.predicted.area if number == 1 else 0
+        lost += lost_px
+        arrays = {key: truth(key)[(..., *box.slices)] for key, box in boxes_of(tile).items()}
+        block = PredictionBlock(tile=tile, arrays=arrays)
+        store.write(block, readable=1 - lost_px / tile.write.area)
+    expected = lost / sum(tile.predicted.area for tile in tiles.tiles)
+    assert 0 < expected < 0.5
+    assert store.unreadable_fraction() == pytest.approx(expected, abs=1 / 255)
+    del store.meta["predicted_px"]  # a store of an earlier version, whose tiles were whole
+    assert store.unreadable_fraction() == pytest.approx(
+        lost / sum(tile.write.area for tile in tiles.tiles), abs=1 / 255
+    )
+
+
+def boxes_of(tile):
+    return {key: tile.write.coarsen(head.stride) for key, head in SPEC.maps.items()}
+
+
 def truth(key: str) -> np.ndarray:
     head = SPEC.head(key.rsplit("/", 1)[0])
     width, height = GRID.coarsen(head.stride).size

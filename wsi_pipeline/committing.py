@@ -25,7 +25,8 @@ from wsi_pipeline.durable import sync_threads
 __all__ = ["Writers"]
 
 MOST_WRITTEN = 64
-"""Blocks that wait for the disk at most: what a crash may cost. Of their pixels none are kept."""
+"""Blocks that wait for the disk or are being committed, at most, but for one a writer: what a crash
+may cost. Of their pixels none are kept."""
 
 Block = TypeVar("Block")
 Written = TypeVar("Written")
@@ -58,6 +59,7 @@ class Writers(Generic[Block, Written]):
         self._handed: deque[Future[None]] = deque()
         self._changed = threading.Condition()
         self._written: list[Written] = []
+        self._with_disk = 0
         self._is_last = False
         self._error: BaseException | None = None
         self._writers = ThreadPoolExecutor(threads, thread_name_prefix="writer")
@@ -88,6 +90,8 @@ class Writers(Generic[Block, Written]):
             self._is_last = True
             self._changed.notify_all()
         self._committer.join()
+        if error is not None and not isinstance(error, Exception):
+            return  # asked to end at once: nothing is more telling
         if self._error is not None:
             raise self._error
         for written in self._handed:
@@ -97,10 +101,14 @@ class Writers(Generic[Block, Written]):
         self._require_sound()
         written = self._write(block)
         with self._changed:
-            self._changed.wait_for(lambda: self._error or len(self._written) < MOST_WRITTEN)
+            self._changed.wait_for(lambda: self._error or self._uncommitted < MOST_WRITTEN)
             self._require_sound()
             self._written.append(written)
             self._changed.notify_all()
+
+    @property
+    def _uncommitted(self) -> int:
+        return len(self._written) + self._with_disk
 
     def _require_sound(self) -> None:
         if self._error is not None:
@@ -119,7 +127,10 @@ class Writers(Generic[Block, Written]):
     def _next_group(self) -> list[Written]:
         """Wait for blocks; return all that are there, none when no more will come."""
         with self._changed:
+            self._with_disk = 0
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._written or self._is_last)
             group, self._written = self._written, []
+            self._with_disk = len(group)
             self._changed.notify_all()
             return group

@@ -195,10 +195,11 @@ def fill_store(
 
     def write(block: PredictionBlock) -> WrittenBlock:
         allowed()
-        readable = 1 - slide.unreadable_share(store.grid, block.tile.predicted)
+        tile = block.tile
+        lost_px = slide.unreadable_share(store.grid, tile.predicted) * tile.predicted.area
         clipped = _clip(block, store.grid, tissue, predictor.spec)
-        written = store.put(clipped, readable=readable)
-        wrote(block.tile)
+        written = store.put(clipped, readable=1 - lost_px / tile.write.area)
+        wrote(tile)
         return written
 
     def commit(written: list[WrittenBlock], threads: Executor) -> None:

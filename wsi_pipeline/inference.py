@@ -101,7 +101,9 @@ class TorchPredictor:
         # round differently by the number; there a batch is what is read ahead.
         self._at_once = 1 if device == "cpu" else batch_size
         self._limit = self._at_once  # out-of-memory halves it
-        self.is_fitting = self._at_once == 1  # no batch binds its windows to one size
+        # Nothing binds windows to one size: no batch, and no network that looks at all of them.
+        self._is_local = not getattr(network, "sees_whole_input", False)
+        self.is_fitting = self._at_once == 1 and self._is_local
         # What lies further out only the encoder has to see.
         decoder_halo_px = getattr(network, "decoder_halo_px", halo_px)
         self.margin_px = max(0, halo_px - decoder_halo_px) // INPUT_MULTIPLE * INPUT_MULTIPLE
@@ -291,8 +293,10 @@ class TorchPredictor:
     @property
     def _can_halve_pieces(self) -> bool:
         half = self._piece_px // 2
-        return half >= _LEAST_PIECE_PX and not any(
-            half % side for side in (16, *(head.stride for head in self.spec.heads))
+        return (
+            self._is_local
+            and half >= _LEAST_PIECE_PX
+            and not any(half % side for side in (16, *(head.stride for head in self.spec.heads)))
         )
 
     @property

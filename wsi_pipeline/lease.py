@@ -195,10 +195,12 @@ def _created(path: Path, facts: Mapping[str, Any]) -> int:
         try:
             os.link(beside, path)
         except OSError as error:
-            os.close(descriptor)
-            if isinstance(error, FileExistsError):
-                raise
-            return _new(path, facts)  # a file system without links, or somebody has swept up
+            # A file server may be asked again for what it has done, and say that it is there.
+            if not _is_at(path, os.fstat(descriptor).st_ino):
+                os.close(descriptor)
+                if isinstance(error, FileExistsError):
+                    raise
+                return _new(path, facts)  # a file system without links, or somebody swept up
         return descriptor
     finally:
         beside.unlink(missing_ok=True)

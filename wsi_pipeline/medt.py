@@ -45,6 +45,9 @@ class MedT(nn.Module):
             relative places. Shorter inputs use their middle.
     """
 
+    sees_whole_input = True
+    """Whether what is said of a pixel depends on all of the input, however far it is."""
+
     def __init__(
         self,
         heads: Sequence[HeadSpec],

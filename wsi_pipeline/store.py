@@ -165,6 +165,7 @@ class PredictionStore:
             "mpp": list(pixel_size),
             "tile_px": tiles.tile_px,
             "halo_px": tiles.halo_px,
+            "predicted_px": sum(tile.predicted.area for tile in tiles.tiles),
             "made": dict(made),
         }
         with disk_errors(path):
@@ -234,7 +235,8 @@ class PredictionStore:
 
         Args:
             block: the maps of the tile.
-            readable: share of the tile's pixels that could be read from the slide, 0-1.
+            readable: 0-1; less by the share of the tile's write box that was to be predicted and
+                could not be read from the slide.
 
         Returns:
             What :meth:`commit` is to be given.
@@ -392,8 +394,15 @@ class PredictionStore:
 
     def unreadable_fraction(self) -> float:
         """Return the share of the predicted area that could not be read from the slide."""
-        written = self._blocks[self._blocks > 0]
-        return float(1 - written.mean() / WHOLE) if written.size else 0.0
+        lost, area = 0.0, 0
+        for row, column in np.argwhere(self._blocks).tolist():
+            x, y = column * self.tile_px, row * self.tile_px
+            write = Box(x=x, y=y, width=self.tile_px, height=self.tile_px).intersect(self.grid.box)
+            lost += (1 - float(self._blocks[row, column]) / WHOLE) * write.area
+            area += write.area
+        said = self.meta.get("predicted_px")  # of a store of an earlier version: all of its blocks
+        predicted = said if isinstance(said, int) and said > 0 else max(1, area)
+        return min(1.0, lost / predicted)
 
     def seal(self) -> PredictionStore:
         """Complete the pyramids, sync everything, and give the store its final name.

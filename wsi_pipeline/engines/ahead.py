@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from wsi_pipeline.attempt import Attempt
 from wsi_pipeline.durable import partial_path, remove_tree
-from wsi_pipeline.errors import SlideBusyError
+from wsi_pipeline.errors import MaskError, SlideBusyError, SlideError
 from wsi_pipeline.job import SlideJob
 from wsi_pipeline.pipeline import Prepared
 
@@ -155,7 +155,7 @@ class Ahead:
             if self._passes(job):
                 return True
             self._ready = self._make_ready(job)
-        except SlideBusyError:  # it comes last
+        except (SlideBusyError, SlideError, MaskError):  # it comes last, or fails in its turn
             return True
         except Exception as error:
             log.info("%s is left to its turn: %s", job.slide_id, error)
