@@ -103,7 +103,7 @@ def time_tiles(slide: Path, mask: Path, predictor: TorchPredictor, limit: int) -
     if not timed:
         raise SystemExit(f"{slide} has {len(tiles.tiles)} tiles of tissue: too few to time any")
     mean = sum(tile.read.area for tile in tiles.tiles) / len(tiles.tiles)
-    return {"timed_units": timed / mean, "seconds_a_unit": seconds / timed * mean}
+    return {"timed_units": round(timed / mean, 1), "seconds_a_unit": seconds / timed * mean}
 
 
 def main() -> None:
