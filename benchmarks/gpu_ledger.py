@@ -8,8 +8,8 @@ result is on the disk before the next begins, a part that fails is written down 
 and none begins after ``--seconds``.
 
 rates      matrix products in each precision, a copy in memory: what nothing can be faster than
-network    the full network (random weights), batches of windows that lie on the device, to uint8
-           maps: by tile size and variant below, seconds a tile, useful megapixels a second, the
+network    the full network (random weights), windows that lie on the device, to uint8 maps:
+           by tile size and variant below, seconds a tile, useful megapixels a second, the
            share of the matrix rate (FLOPs of the write box alone, so that halos count as waste),
            peak memory, and how far the maps are from float32 on the CPU
 profile    where the time of the variants ``as it is`` goes, kernel by kernel
@@ -18,7 +18,8 @@ slides     ``wsi-run`` on five synthetic slides: seconds by stage, and how busy 
 =====================  ===========================================================================
 variant                what it is
 =====================  ===========================================================================
-as it is               what this package does: eager, channels last, bf16
+as it is               what this package does: eager, channels last, bf16, window by window
+in batches             of up to eight windows
 fp16, fp32             in other precisions (float32 without TF32)
 added by cuDNN         convolution, bias, sum and rectifier in one call of cuDNN
 captured               a CUDA graph of the whole pass
@@ -59,6 +60,7 @@ from wsi_pipeline.synth import write_slide
 Pass = Callable[[Tensor], dict[str, Tensor]]
 VARIANTS = {
     "as it is": "bf16",
+    "in batches": "bf16",
     "fp16": "fp16",
     "fp32": "fp32",
     "added by cuDNN": "bf16",
@@ -262,7 +264,7 @@ def main() -> None:
     args = parser.parse_args()
     widths, times, matrix, batch_px = [64, 128, 256, 512], TIMES, None, 8 * 2368**2
     if args.tiny:
-        widths, times, matrix, batch_px = [8, 16, 16, 32], 2, 512, 1
+        widths, times, matrix, batch_px = [8, 16, 16, 32], 2, 512, 2 * 576**2
         args.tiles, args.slide_px = [256], 1024
     device, ledger = args.device, Ledger(args.out, args.seconds)
     clock = time.perf_counter
@@ -275,10 +277,10 @@ def main() -> None:
         for tile in args.tiles:
             batch = max(1, min(8, batch_px // (tile + 320) ** 2))
             for name in args.variants:
-                rate = rates[VARIANTS[name]]
-                work = partial(measure, name, bundle, device, tile, batch, rate, times)
+                rate, count = rates[VARIANTS[name]], batch if name == "in batches" else 1
+                work = partial(measure, name, bundle, device, tile, count, rate, times)
                 ledger.try_(f"network {tile}: {name}", work)
-            ledger.try_(f"profile {tile}", partial(profile, bundle, device, tile, batch, args.out))
+            ledger.try_(f"profile {tile}", partial(profile, bundle, device, tile, 1, args.out))
         for model in ("cerberus-lite", Path(folder) / "random"):
             name = f"slides: {model if isinstance(model, str) else 'cerberus, random'}"
             work = partial(slides, model, device, args.slide_px, 2 if args.tiny else 5)

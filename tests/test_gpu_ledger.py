@@ -16,12 +16,16 @@ def run(monkeypatch, out, *more):
 
 
 def test_variants_are_compared_and_an_impossible_one_stops_nothing(monkeypatch, tmp_path):
-    found = run(monkeypatch, tmp_path, "--variants", "fp32", "captured", "as it is")
+    found = run(monkeypatch, tmp_path, "--variants", "fp32", "captured", "as it is", "in batches")
     right, failed = found["network 256: fp32"], found["network 256: captured"]
     assert right["largest_difference"] == 0
     assert 0 < right["useful_share"] < right["arithmetic_share"]
     assert "cuda" in failed["error"].lower()
     assert found["network 256: as it is"]["largest_difference"] > 0
+    assert (found["network 256: as it is"]["batch"], found["network 256: in batches"]["batch"]) == (
+        1,
+        2,
+    )
     assert "conv" in (tmp_path / found["profile 256"]).read_text()
     assert found["slides: cerberus-lite"] == {"busy": 1.0}
 
