@@ -160,6 +160,10 @@ def predict(
     with attempt.stage("predict"):
         store = prepared.store or open_store(attempt.job, slide, tissue, tiles, predictor)
         missing = store.missing(tiles)
+        feed = prepared.feed
+        if feed is not None and missing != prepared.missing:
+            feed.close()  # it reads other windows
+            feed = None
         maps = ArrivingMaps(store, missing)
         draft = _draft(attempt, maps, workers=workers, stop=stop)
         done, total = len(tiles.tiles) - len(missing.tiles), len(tiles.tiles)
@@ -171,7 +175,7 @@ def predict(
             slide=slide,
             tissue=tissue,
             predictor=predictor,
-            feed=prepared.feed if missing == prepared.missing else None,
+            feed=feed,
             stop=stop,
             allowed=attempt.require_ours,
             wrote=maps.arrived,
