@@ -380,6 +380,22 @@ def test_batches_of_several_tiles_bind_windows_to_one_size(bundle):
         assert predictor.is_fitting == fits
 
 
+@pytest.mark.parametrize(("where", "held", "times"), [("cpu", 0, 12), ("cpu", 1 << 60, 0)])
+def test_memory_kept_for_other_windows_is_given_back(
+    bundle, slide, monkeypatch, where, held, times
+):
+    given_back = []
+    monkeypatch.setattr(inference, "release_memory", lambda: given_back.append(1))
+    predictor = load(bundle, device=where)
+    assert 0 < predictor._host_bytes < 1 << 40
+    predictor._host_bytes = held
+    _, found = predict(predictor, slide)
+    assert len(given_back) == times
+    _, expected = predict(load(bundle), slide)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.arrays["nuclei/prob"], b.arrays["nuclei/prob"])
+
+
 def test_a_network_that_looks_at_all_of_its_input_gets_whole_tiles():
     options = {"width": 16, "attention_heads": 2, "image_px": 128}
     heads = (SPEC.head("nuclei"),)

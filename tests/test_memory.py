@@ -50,6 +50,15 @@ def test_a_smaller_cap_gives_smaller_sizes_that_fit():
     assert len(set(tiles)) >= 3
 
 
+@pytest.mark.parametrize(("value_bytes", "measured_mib"), [(2, 1797), (4, 2771)])
+def test_the_model_is_not_below_what_was_measured(value_bytes, measured_mib):
+    """By ``python -m benchmarks.memory --full``, whose windows change their sizes to and fro."""
+    demand = replace(FULL, weights=27_846_492, value_bytes=value_bytes)
+    sizes = replace(WANTED, extractors=2)
+    assert measured_mib << 20 <= demand.peak(sizes) <= 3 * GIB
+    assert fit_sizes(demand, sizes, cap="3GiB").tile_px == 1024
+
+
 def test_with_small_tiles_finding_the_ranges_of_an_8_bit_network_sets_the_peak():
     half = replace(FULL, value_bytes=2)
     sizes = replace(WANTED, tile_px=256, extractors=1, canvas_bytes=memory.SMALL_CANVASES)

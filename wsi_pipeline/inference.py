@@ -38,8 +38,8 @@ from wsi_pipeline.errors import JobError, ModelBundleError, OutOfMemoryError
 from wsi_pipeline.feeding import WAITING_BATCHES, Batch, Feeder, WindowReader
 from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.half import to_half
-from wsi_pipeline.machine import available_cpus
-from wsi_pipeline.memory import CANVASES, Demand, Sizes, fit_sizes
+from wsi_pipeline.machine import available_cpus, release_memory, resident_bytes
+from wsi_pipeline.memory import CANVASES, MARGIN, Demand, Sizes, fit_sizes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.steady import keep_to_one_kernel
 from wsi_pipeline.store import PredictionBlock
@@ -69,6 +69,7 @@ class TorchPredictor:
         workers: int,
         extractors: int = 1,
         canvas_bytes: int = CANVASES,
+        host_bytes: int | None = None,
     ) -> None:
         """Take a network that is ready.
 
@@ -84,6 +85,8 @@ class TorchPredictor:
             workers: threads that read.
             extractors: threads that extract objects from the maps, for whoever does.
             canvas_bytes: of the canvases that the slide is decoded into.
+            host_bytes: a network on the CPU gives memory that it keeps for its next maps back
+                when the process holds more; None: never.
 
         ``busy_s`` counts the seconds in which the network has run.
         """
@@ -96,6 +99,7 @@ class TorchPredictor:
         self.workers = workers
         self.extractors = extractors
         self.canvas_bytes = canvas_bytes
+        self._host_bytes = host_bytes if device == "cpu" else None
         self.busy_s = 0.0
         # Tiles the device takes at once. A CPU gains nothing by more than one, and its kernels
         # round differently by the number; there a batch is what is read ahead.
@@ -161,8 +165,9 @@ class TorchPredictor:
             raise JobError(msg)
         asked = {"tile_px": tile_size, "batch_size": batch_size, "extractors": workers}
         network = bundle.load_network()
+        demand = _demand(bundle.spec, network, device, precision)
         sizes = fit_sizes(
-            _demand(bundle.spec, network, device, precision),
+            demand,
             Sizes(
                 tile_px=tile_px,
                 batch_size=_positive("batch size", batch_size, auto=1),
@@ -183,6 +188,7 @@ class TorchPredictor:
             workers=_positive("workers", workers, auto=auto_workers(device, share)),
             extractors=sizes.extractors,
             canvas_bytes=sizes.canvas_bytes,
+            host_bytes=int(demand.peak(sizes) / MARGIN),
         )
         log.info(
             "%s on %s, %s, tiles of %d px, batches of %d, %d readers",
@@ -253,6 +259,9 @@ class TorchPredictor:
         """Start the work for a batch; the maps are complete when the span's end has passed."""
         span = DeviceSpan(self.device) if self.device.startswith("cuda") else None
         begun = time.perf_counter()
+        if self._host_bytes is not None and resident_bytes() > self._host_bytes:
+            # What is kept of windows of other sizes: it fits maps of this one badly.
+            release_memory()
         while True:
             try:
                 parts = [

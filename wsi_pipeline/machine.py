@@ -100,6 +100,11 @@ def pause(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
+def resident_bytes() -> int:
+    """Return the memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def release_memory() -> None:
     """Give memory that was freed back to the system, where the C library hoards it (glibc)."""
     with suppress(OSError, AttributeError):

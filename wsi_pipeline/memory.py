@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 DEFAULT_CPU = 3 << 30
 """Cap of a run on a CPU where none is given: so results do not depend on the machine's memory."""
-PROGRAM = 480 * MIB
+PROGRAM = 500 * MIB
 """The interpreter, all libraries and compiled loops, one slide open; with some heap in pieces."""
 PROGRAM_CUDA = 2048 * MIB
 """The same with CUDA's libraries."""
@@ -57,6 +57,7 @@ SMALLER_TILES = (768, 512, 256)
 RANGES = 288 * MIB
 """What drawing the fixed images and a float32 pass over them hold before a network is in 8 bits."""
 MARGIN = 1.05
+"""What a run may hold over the figures."""
 
 PASS_VALUES = {
     "cerberus": (210, 64),
@@ -65,8 +66,11 @@ PASS_VALUES = {
 }
 """By architecture: values of the network's precision that a pass holds a pixel it sees, and the
 number of channels at full resolution for which that is so; it is in proportion to them."""
+CHANGING_SIZES = 1.4
+"""What a pass holds on the host where windows are fitted to the tissue, over what it holds where
+all have one size: memory that is kept for the next maps does not fit others as well."""
 OTHER_PASS_VALUES = (425, 64)
-"""Of networks that are not measured: Cerberus without strips."""
+"""Of networks that are not measured, sizes as they come: Cerberus without strips."""
 _FACTORS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -111,9 +115,10 @@ class Demand:
 
     def _pass_values(self) -> float:
         values, channels = PASS_VALUES.get(self.spec.architecture, OTHER_PASS_VALUES)
+        sizes = CHANGING_SIZES if self.spec.architecture in PASS_VALUES else 1.0
         widths = self.spec.options.get("widths", (self.spec.options.get("width", channels),))
         wide = widths[0] if self.spec.architecture != "stain-baseline" else channels
-        return values * max(0.25, wide / channels)
+        return values * sizes * max(0.25, wide / channels)
 
 
 @dataclass(frozen=True, kw_only=True)
