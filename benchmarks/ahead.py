@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.memory import write_repeated
-from benchmarks.standin import SPEC
+from benchmarks.standin import SPEC, StandIn
 from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.feeding import Feeder
 from wsi_pipeline.job import SlideJob
@@ -36,18 +36,13 @@ from wsi_pipeline.store import PredictionBlock
 from wsi_pipeline.tiling import Tile, TileGrid
 
 
-class Sleeper:
+class Sleeper(StandIn):
     """A device that sleeps for each tile, fed as the real one is."""
 
-    spec = SPEC
-    device = "pretended"
-    precision = "fp32"
-    halo_px = 32
-    canvas_bytes = 1 << 28
     extractors = 1
 
     def __init__(self, *, tile_px: int, seconds: float) -> None:
-        self.tile_px = tile_px
+        super().__init__(tile_px=tile_px, device="pretended")
         self.seconds = seconds
         self.busy_s = 0.0
         self.spans: list[list[float]] = []

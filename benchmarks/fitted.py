@@ -15,18 +15,17 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import wsi_pipeline as wsi
 from benchmarks.parity import compare_maps, compare_objects
-from wsi_pipeline import filling
 from wsi_pipeline.pipeline import TISSUE_MPP
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.tiling import TileGrid
-from wsi_pipeline.tissue import detect_tissue
+from wsi_pipeline.tissue import TissueMask, detect_tissue
 
 MODEL_MPP = 0.5
 TILES = 1024, 2048
@@ -58,17 +57,6 @@ def shares(path: Path, mpp: float | None) -> dict[str, dict[str, float]]:
     return result
 
 
-@contextmanager
-def whole_tiles() -> Iterator[None]:
-    """Let every tile be computed as a whole."""
-    fitting, extent = filling.TissueMask.extent, lambda _tissue, _grid, box: box
-    filling.TissueMask.extent = extent
-    try:
-        yield
-    finally:
-        filling.TissueMask.extent = fitting
-
-
 def run(path: Path, mpp: float | None, rounds: int) -> dict[str, Any]:
     """Run a slide both ways by turns; return seconds, their ratio, and what differs."""
     seconds: dict[str, list[float]] = {"fitted": [], "whole": []}
@@ -76,12 +64,10 @@ def run(path: Path, mpp: float | None, rounds: int) -> dict[str, Any]:
         folders = {name: Path(scratch) / name for name in seconds}
         for number in range(rounds + 1):
             for name, folder in folders.items():
+                whole = patch.object(TissueMask, "extent", lambda _tissue, _grid, box: box)
                 begun = time.perf_counter()
-                if name == "fitted":
+                with whole if name == "whole" else nullcontext():
                     (report,) = wsi.run([path], folder, mpp=mpp, overwrite=True)
-                else:
-                    with whole_tiles():
-                        (report,) = wsi.run([path], folder, mpp=mpp, overwrite=True)
                 if not report.done:
                     raise SystemExit(f"{path}: {report.reason}")
                 if number:  # the first one warms up
