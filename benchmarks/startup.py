@@ -26,6 +26,8 @@ import json, sys, time
 begun, marks = float(sys.argv[1]), {}
 def mark(name):
     marks.setdefault(name, time.time() - begun)
+from wsi_pipeline.command import collect_seldom
+collect_seldom()  # as wsi-run does
 import wsi_pipeline.cli
 from wsi_pipeline.api import execute, plan_run
 import wsi_pipeline.inference

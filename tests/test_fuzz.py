@@ -42,7 +42,7 @@ from wsi_pipeline.slide.reader import TileError
 from wsi_pipeline.slide.regions import OpenSlideReader
 from wsi_pipeline.slide.streams import check_stream, picture_size
 from wsi_pipeline.store import PredictionStore
-from wsi_pipeline.table import count_rows, read_centroids, read_objects
+from wsi_pipeline.table import count_rows, read_centroids, read_objects, read_rings
 from wsi_pipeline.tissue import read_mask
 
 ROOT = Path(__file__).parent.parent
@@ -489,6 +489,7 @@ def test_tables_that_contradict_themselves_are_refused(table, change, keys):
 
     def read():
         read_centroids(table, kind="n")
+        read_rings(table, kind="n")
         read_objects(table, kind="n", bbox=(0, 0, 10, 10))
 
     with pytest.raises(TableError, match=r"a\.parquet"):

@@ -25,6 +25,7 @@ from wsi_pipeline.table import (
     ObjectWriter,
     read_metadata,
     read_objects,
+    read_rings,
     write_tissue,
 )
 
@@ -288,6 +289,21 @@ def test_read_by_kind_and_columns(file, rows):
     assert "bbox" in read_objects(file, columns=["bbox"]).columns
     with pytest.raises(TableError, match="nonsense"):
         read_objects(file, columns=["nonsense"])
+
+
+def test_rings_are_the_outlines_that_geopandas_reads(file, rows):
+    for kind in sorted(set(rows["kind"].to_pylist())):
+        rings = read_rings(file, kind=kind)
+        expected = read_objects(file, kind=kind).geometry.exterior
+        assert len(rings) == len(expected) > 0
+        for ring, outline in zip(rings, expected, strict=True):
+            np.testing.assert_array_equal(ring, outline.coords)
+
+
+def test_rings_of_nothing(file, tmp_path):
+    assert read_rings(file, kind="no such kind") == []
+    with pytest.raises(TableError, match="absent"):
+        read_rings(tmp_path / "absent.parquet", kind="gland")
 
 
 def test_read_by_place_is_exact_and_prunes_row_groups(tmp_path):

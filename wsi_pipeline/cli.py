@@ -19,6 +19,7 @@ from wsi_pipeline.command import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     arithmetic_options,
+    collect_seldom,
     deaf,
     exit_if_interrupted,
     log_to_stderr,
@@ -344,6 +345,7 @@ def _list_plan(plan: Plan, shard: str | None, *, json_lines: bool) -> None:
 
 def main_run(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``wsi-run``."""
+    collect_seldom()
     try:
         run.main(args=None if arguments is None else list(arguments), prog_name="wsi-run")
     finally:
@@ -352,6 +354,7 @@ def main_run(arguments: Sequence[str] | None = None) -> None:
 
 def main_wsi(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``wsi``."""
+    collect_seldom()
     try:
         wsi.main(args=None if arguments is None else list(arguments), prog_name="wsi")
     finally:

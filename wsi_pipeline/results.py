@@ -22,7 +22,7 @@ from wsi_pipeline.preview import draw_preview, write_preview
 from wsi_pipeline.slide import PixelSize
 from wsi_pipeline.spec import AnchorRules, PeakRules
 from wsi_pipeline.store import PredictionStore
-from wsi_pipeline.table import read_centroids, read_objects, write_tissue
+from wsi_pipeline.table import read_centroids, read_rings, write_tissue
 from wsi_pipeline.tissue import TissueMask
 
 __all__ = ["Picture", "Predicted", "provenance", "save_preview", "save_tissue"]
@@ -139,15 +139,10 @@ def save_preview(attempt: Attempt, predicted: Predicted) -> None:
     image = draw_preview(
         *predicted.picture,
         tissue=predicted.tissue,
-        polygons={kind: _rings(job.objects_path, kind) for kind in large},
+        polygons={kind: read_rings(job.objects_path, kind=kind) for kind in large},
         points=points,
         pixel_size=predicted.store.pixel_size,
         title=job.slide_id,
         counts=attempt.report.counts,
     )
     write_preview(job.preview_path, image)
-
-
-def _rings(path: Path, kind: str) -> list[NDArray[np.float64]]:
-    geometries = read_objects(path, kind=kind, columns=["geometry"]).geometry
-    return [np.asarray(polygon.exterior.coords) for polygon in geometries]

@@ -42,6 +42,7 @@ __all__ = [
     "read_centroids",
     "read_metadata",
     "read_objects",
+    "read_rings",
     "write_tissue",
 ]
 
@@ -331,6 +332,29 @@ def read_centroids(path: Path, *, kind: str) -> NDArray[np.float64]:
             for part in _read_groups(path, names, kind, None)
         ]
         return np.concatenate(parts).astype(np.float64, copy=False)
+
+
+def read_rings(path: Path, *, kind: str) -> list[NDArray[np.float64]]:
+    """Read the outer rings of the objects of one kind.
+
+    Args:
+        path: an objects table.
+        kind: which objects.
+
+    Returns:
+        Of each object ``(N, 2)`` level-0 pixels; the last is the first.
+
+    Raises:
+        TableError: no such file, or not a table of objects.
+    """
+    with _table_errors(path):
+        rings: list[NDArray[np.float64]] = []
+        for part in _read_groups(path, ["geometry"], kind, None):
+            polygons = shapely.from_wkb(part.column("geometry").to_pylist())
+            outer = shapely.get_exterior_ring(np.asarray(polygons, object))
+            ends = np.cumsum(shapely.get_num_coordinates(outer))
+            rings += np.split(shapely.get_coordinates(outer), ends)[:-1]
+        return rings
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

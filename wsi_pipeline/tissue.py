@@ -25,7 +25,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from skimage import filters, measure, morphology
+from scipy import ndimage
+from skimage import filters
 
 from wsi_pipeline.errors import MaskError
 from wsi_pipeline.geometry import Box, PixelGrid
@@ -64,6 +65,8 @@ MAX_MASK_PX = 4096
 """Long side above which a mask from a file is reduced: about 6-12 um a pixel of a large slide."""
 _STRIP_PX = 1024
 """Lines of a mask that are looked at together."""
+_EIGHT = np.ones((3, 3), np.bool_)
+"""Neighbours of a pixel, those across its corners, too."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -323,7 +326,7 @@ def _grow(mask: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
     """Dilate by a disk."""
     if not mask.any():  # the distance to nothing is not defined
         return mask
-    return np.asarray(morphology.isotropic_dilation(mask, radius_px), np.bool_)
+    return np.asarray(ndimage.distance_transform_edt(~mask) <= radius_px, np.bool_)
 
 
 def _close(mask: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
@@ -336,7 +339,7 @@ def _close(mask: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:
 
 def _drop_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """Remove 8-connected pieces smaller than an area."""
-    labels = measure.label(mask, connectivity=2)
+    labels, _ = ndimage.label(mask, _EIGHT)
     keep = np.bincount(labels.ravel()) >= area_px
     keep[0] = False
     return np.asarray(keep[labels], np.bool_)
@@ -344,7 +347,7 @@ def _drop_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
 
 def _fill_holes(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """Fill 4-connected holes up to an area; what reaches the border is no hole but glass."""
-    labels = measure.label(~mask, connectivity=1)
+    labels, _ = ndimage.label(~mask)
     fill = np.bincount(labels.ravel()) <= area_px
     for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
         fill[edge] = False
@@ -354,7 +357,7 @@ def _fill_holes(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
 
 def _holding(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Keep the 8-connected pieces of a mask that hold at least one seed."""
-    labels = measure.label(mask, connectivity=2)
+    labels, _ = ndimage.label(mask, _EIGHT)
     keep = np.zeros(int(labels.max()) + 1, np.bool_)
     keep[labels[seeds]] = True
     keep[0] = False

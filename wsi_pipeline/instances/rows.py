@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -25,21 +26,19 @@ class RowMaker:
 
     def __init__(self, spec: ModelSpec, slide_id: str) -> None:
         self._spec = spec
-        self._slide_ids = pa.array([slide_id])
-        # The same dictionaries in every batch, so that batches can be joined freely.
-        self._kinds = _distinct(head.object_kind for head in spec.object_heads)
-        self._classes = _distinct(
-            name for head in spec.heads if head.kind == "class" for name in head.classes[1:]
-        )
-        self._tissues = _tissue_names(spec)
-        self._code_of_kind, self._code_of_class = _codes(self._kinds), _codes(self._classes)
+        self._slide_id = slide_id
+
+    @cached_property
+    def _names(self) -> _Names:
+        # Late: pyarrow's first array imports pandas, for which no first tile should wait.
+        return _Names(self._spec, self._slide_id)
 
     def rows(self, maps: HeadMaps, objects: Objects) -> pa.RecordBatch:
         """Return one row of ``OBJECT_SCHEMA`` for each object, in the given order.
 
         The columns ``parent_id`` and ``tissue`` are null: see :class:`Surroundings`.
         """
-        outlines = objects.outlines
+        outlines, names = objects.outlines, self._names
         centroid = _centroids(maps, objects)
         class_codes, class_prob = _vote(objects, self._class_codes(maps))
         offsets, data = outlines.wkb(maps.grid)
@@ -48,17 +47,17 @@ class RowMaker:
             pa.binary(), n, [None, pa.py_buffer(offsets), pa.py_buffer(data)]
         )
         columns = {
-            "slide_id": _coded(np.zeros(n, np.int32), self._slide_ids),
+            "slide_id": _coded(np.zeros(n, np.int32), names.slide_ids),
             "object_id": object_ids(self._spec, maps, objects.anchors),
-            "kind": _coded(self._kind_codes(maps, n), self._kinds),
-            "class": _coded(class_codes, self._classes),
+            "kind": _coded(self._kind_codes(maps, n), names.kinds),
+            "class": _coded(class_codes, names.classes),
             "class_prob": pa.array(class_prob, mask=class_codes < 0),
             "score": _float(objects.sums[:, 1] / (255.0 * objects.sums[:, 0])),
             **_shape_columns(maps, objects),
             "centroid_x": centroid[:, 0],
             "centroid_y": centroid[:, 1],
             "parent_id": pa.nulls(n, pa.int64()),
-            "tissue": _coded(np.full(n, -1, np.int32), self._tissues),
+            "tissue": _coded(np.full(n, -1, np.int32), names.tissues),
             "bbox": pa.StructArray.from_arrays(
                 [pa.array(side) for side in outlines.bounds(maps.grid).T],
                 fields=list(OBJECT_SCHEMA.field("bbox").type),
@@ -69,12 +68,25 @@ class RowMaker:
         return pa.RecordBatch.from_arrays(arrays, schema=OBJECT_SCHEMA)
 
     def _kind_codes(self, maps: HeadMaps, n: int) -> Ints:
-        return np.full(n, self._code_of_kind[maps.head.object_kind], np.int32)
+        return np.full(n, self._names.code_of_kind[maps.head.object_kind], np.int32)
 
     def _class_codes(self, maps: HeadMaps) -> Ints:
         """Return the dictionary code of each class id of the head; -1 for "none"."""
         names = maps.class_head.classes if maps.class_head else ("",)
-        return np.array([-1, *(self._code_of_class[name] for name in names[1:])], np.int32)
+        return np.array([-1, *(self._names.code_of_class[name] for name in names[1:])], np.int32)
+
+
+class _Names:
+    """The words of a table: the same dictionaries in every batch, so batches can be joined."""
+
+    def __init__(self, spec: ModelSpec, slide_id: str) -> None:
+        self.slide_ids = pa.array([slide_id])
+        self.kinds = _distinct(head.object_kind for head in spec.object_heads)
+        self.classes = _distinct(
+            name for head in spec.heads if head.kind == "class" for name in head.classes[1:]
+        )
+        self.tissues = _tissue_names(spec)
+        self.code_of_kind, self.code_of_class = _codes(self.kinds), _codes(self.classes)
 
 
 class Surroundings:
