@@ -120,6 +120,25 @@ def test_tissue_is_outlined_but_not_along_the_border_of_the_picture():
     assert near(slide_part(picture, 250, 298), PINK, 8)
 
 
+def test_what_rounding_leaves_beyond_a_mask_has_no_border():
+    image, grid, _ = scene(tissue=(0, 0, 400, 300))
+    short = PixelGrid(origin=(0.0, 0.0), spacing=(128.0, 128.0), size=(49, 37))  # 1 px, half a px
+    whole = TissueMask(mask=np.ones((37, 49), bool), grid=short, source="file")
+    picture = preview(image, grid, whole)
+    assert not any(crosses(picture, x, 150, TISSUE) for x in range(2, 399))
+    assert not any(crosses(picture, 150, y, TISSUE) for y in range(2, 299))
+
+
+def test_a_mask_of_a_part_of_the_slide_has_a_border():
+    image, grid, _ = scene(tissue=(0, 0, 400, 300))
+    part = PixelGrid(origin=(0.0, 0.0), spacing=(16.0, 16.0), size=(200, 300))
+    picture = preview(
+        image, grid, TissueMask(mask=np.ones((300, 200), bool), grid=part, source="file")
+    )
+    assert any(crosses(picture, x, 150, TISSUE) for x in (200, 201))
+    assert near(slide_part(picture, 300, 150), PINK, 8)
+
+
 def test_a_coarse_tissue_mask_from_a_file_is_drawn_in_place():
     image, grid, _ = scene()
     mask = np.zeros((30, 40), bool)

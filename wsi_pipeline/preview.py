@@ -144,20 +144,31 @@ def _draw_slide(
         ),
         size=large,
     )
-    smoothing = Image.Resampling.BOX if scale * OVERSAMPLE < 1 else Image.Resampling.BICUBIC
-    picture = Image.fromarray(thumbnail).resize(large, smoothing)
-    picture.paste(TISSUE, mask=_outline(tissue, fine))
-    pen = ImageDraw.Draw(picture)
+    smoothing = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    picture = Image.fromarray(thumbnail).resize(size, smoothing)
+    # Which colour lies on top, 0 where none does: each is smoothed and laid on by itself.
+    lines = Image.new("L", large)
+    lines.paste(1, mask=_outline(tissue, fine))
+    pen = ImageDraw.Draw(lines)
     for number, rings in enumerate(polygons.values()):
-        colour = KIND_COLOURS[number % len(KIND_COLOURS)]
         for ring in rings:
-            corners = fine.from_level0(ring).ravel().tolist()
+            corners = _thinned(fine.from_level0(ring)).ravel().tolist()
             if len(corners) >= 4:
-                pen.line(corners + corners[:2], fill=colour, width=5, joint="curve")
-    picture = picture.reduce(OVERSAMPLE)
+                layer = 2 + number % len(KIND_COLOURS)
+                pen.line(corners + corners[:2], fill=layer, width=5, joint="curve")
+    for layer, colour in enumerate((TISSUE, *KIND_COLOURS[: len(polygons)]), start=1):
+        cover = lines.point([255 * (value == layer) for value in range(256)])
+        picture.paste(colour, mask=cover.reduce(OVERSAMPLE))
     _draw_scale_bar(picture, fine.spacing[0] * OVERSAMPLE * pixel_size[0])
     ImageDraw.Draw(picture).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=(200, 202, 208))
     return picture
+
+
+def _thinned(ring: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return points of a ring, ``(N, 2)`` pixels: one of those that lie within four pixels."""
+    along = np.hypot(*np.diff(ring, axis=0).T).cumsum()
+    first = np.diff(along // 4, prepend=-1.0) > 0
+    return ring[:1] if not along.size else ring[np.append(True, first)]
 
 
 def _outline(tissue: TissueMask, grid: PixelGrid) -> Image.Image:
@@ -165,17 +176,21 @@ def _outline(tissue: TissueMask, grid: PixelGrid) -> Image.Image:
 
     Where tissue meets the border of the picture no line is drawn: it goes on there.
     """
-    (sx, sy), (tx, ty) = grid.spacing, tissue.grid.spacing
-    (ox, oy), (px, py) = grid.origin, tissue.grid.origin
-    mask = Image.fromarray(tissue.mask.astype(np.uint8) * 255)
-    there = mask.transform(
-        grid.size,
-        Image.Transform.AFFINE,
-        (sx / tx, 0.0, (ox - px) / tx, 0.0, sy / ty, (oy - py) / ty),
-        Image.Resampling.BILINEAR,
+    (left, top), (right, bottom) = (
+        (tissue.grid.from_level0(grid.to_level0(np.array(corner, np.float64)))).tolist()
+        for corner in ((0, 0), grid.size)
     )
+    width, height = tissue.grid.size
+    # Its last pixels reach over what rounding leaves; beyond lies no tissue.
+    outside = max(0, math.ceil(max(-left, -top, right - width, bottom - height) - 1)) + 1
+    mask = np.pad(np.pad(tissue.mask, 1, mode="edge"), outside - 1)
     # The steps of a coarse mask would look like detail: round them off.
-    there = there.filter(ImageFilter.GaussianBlur(0.6 * tx / sx))
+    smooth = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(0.6))
+    there = smooth.resize(
+        grid.size,
+        Image.Resampling.BICUBIC,
+        (left + outside, top + outside, right + outside, bottom + outside),
+    )
     solid = np.asarray(there) > 127
     reach = 2 * OVERSAMPLE
     wide = np.pad(solid, reach, mode="edge")
