@@ -12,6 +12,9 @@ sides take some minutes to write; --keep leaves them there for the next time.
 Cerberus at its full size with random weights. A mask lets the network see eight tiles spread over
 the whole width: the rest of the slide would cost time and none of the network's memory.
 
+--slides N runs each slide N times in one process, under other names; the peak is of all of them,
+seconds of stages are the last one's.
+
 --network measures ``PASS_VALUES`` of ``wsi_pipeline/memory.py``: what the networks hold at their
 widest, in values of their precision a pixel that they see.
 """
@@ -19,6 +22,7 @@ widest, in values of their precision a pixel that they see.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -46,17 +50,28 @@ _PARTS = [(32, 32), (20, 32), (32, 32), (32, 11), (32, 32), (26, 18), (32, 28), 
 """How much of its tile each covers, of 32 x 32: windows are fitted, and sizes change to and fro."""
 
 
-def peak_of_run(slide: Path, out: Path, more: Sequence[str]) -> dict[str, object]:
-    """Run one slide in a fresh process; return its peak memory and time."""
+def peak_of_run(
+    slide: Path, scratch: Path, more: Sequence[str], *, times: int, mask: Path | str = ""
+) -> dict[str, object]:
+    """Run one slide, again and again, in a fresh process; return its peak memory and time."""
+    out, listed = scratch / "out", scratch / "slides.csv"
     code = "from wsi_pipeline.cli import main_run; main_run()"
+    names = [f"{slide.stem}-{number}" for number in range(times)]
+    rows = [(slide.resolve(), name, mask and Path(mask).resolve()) for name in names]
+    with listed.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "slide_id", "mask"), *rows])
     begun = time.perf_counter()
-    command = [sys.executable, "-c", code, str(slide), "--out", str(out), "--no-progress"]
+    command = [sys.executable, "-c", code, str(listed), "--out", str(out)]
     subprocess.run(
-        [*command, *more, "--overwrite", "--drop-maps"], check=True, stdout=subprocess.DEVNULL
+        [*command, "--no-progress", *more, "--overwrite", "--drop-maps"],
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
-    report = json.loads((out / "reports" / f"{slide.stem}.json").read_text())
+    reports = [json.loads((out / "reports" / f"{name}.json").read_text()) for name in names]
+    report = reports[-1]
     return {
         "peak_rss_mb": report["peak_rss_mb"],
+        "network_s": [each["device_busy_s"] for each in reports],
         "seconds": round(time.perf_counter() - begun, 1),
         "stages_s": report["seconds"],
         "tissue_mm2": report["tissue_mm2"],
@@ -73,7 +88,8 @@ def compare_sides(options: argparse.Namespace, scratch: Path) -> dict[str, objec
         slide = folder_of(options, scratch) / f"memory-{side}.svs"
         if not slide.exists():
             write_slide(slide, width=side, height=side, mpp=options.mpp, seed=1, truth=False)
-        facts = peak_of_run(slide, scratch / "out", ["--model", options.model, *asked(options)])
+        more = ["--model", options.model, *asked(options)]
+        facts = peak_of_run(slide, scratch, more, times=options.slides)
         peaks.append(float(str(facts["peak_rss_mb"])))
         result[str(side)] = facts
     return result | {"ratio": round(max(peaks) / min(peaks), 3)}
@@ -82,15 +98,14 @@ def compare_sides(options: argparse.Namespace, scratch: Path) -> dict[str, objec
 def run_full(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     """Run the large slide with the full network on the CPU."""
     folder = folder_of(options, scratch)
-    slide, masks, model = folder / "full.svs", folder / "masks", folder / "random"
+    slide, mask, model = folder / "full.svs", folder / "full.png", folder / "random"
     if not slide.exists():
         write_repeated(slide, FULL_SIZE, mpp=0.25)
     if not model.exists():
         make_bundle(folder, FULL_WIDTHS)
-    masks.mkdir(exist_ok=True)
-    write_spots(masks / "full.png", FULL_SIZE)
-    more = ["--model", str(model), "--device", "cpu", "--mask-dir", str(masks), *asked(options)]
-    return peak_of_run(slide, scratch / "out", more)
+    write_spots(mask, FULL_SIZE)
+    more = ["--model", str(model), "--device", "cpu", *asked(options)]
+    return peak_of_run(slide, scratch, more, times=options.slides, mask=mask)
 
 
 def asked(options: argparse.Namespace) -> list[str]:
@@ -213,6 +228,7 @@ def main() -> None:
     parser.add_argument("--model", default="stain-baseline", help="NAME or DIR")
     parser.add_argument("--memory", help="of wsi-run")
     parser.add_argument("--precision", help="of wsi-run")
+    parser.add_argument("--slides", type=int, default=1, help="how often each slide is run")
     parser.add_argument("--keep", type=Path, help="folder for the slides")
     parser.add_argument("--json", action="store_true", help="compact, on one line")
     options = parser.parse_args()

@@ -3,7 +3,13 @@ import sys
 
 import pytest
 
-from wsi_pipeline.machine import available_cpus, keep_freed_memory, peak_rss_mb, total_memory
+from wsi_pipeline.machine import (
+    available_cpus,
+    keep_freed_memory,
+    peak_rss_mb,
+    total_memory,
+    use_one_heap,
+)
 
 FAULTS = """
 import resource, sys
@@ -17,6 +23,31 @@ for _ in range(5):
     np.ones(100 << 20, np.uint8)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+THREADS = """
+import sys, threading
+import numpy as np
+from wsi_pipeline import machine
+from wsi_pipeline.machine import keep_freed_memory, release_memory, resident_bytes
+if sys.argv[1] == "several":
+    machine.use_one_heap = lambda: True
+keep_freed_memory()
+before = resident_bytes()
+together = threading.Barrier(8)
+def work():
+    blocks = [np.ones(1 << 20, np.uint8) for _ in range(20)]
+    together.wait()
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+release_memory()
+print((resident_bytes() - before) >> 20)
+"""
+
+
+def left_by_threads(how: str) -> int:
+    command = [sys.executable, "-c", THREADS, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def faults(how: str) -> int:
@@ -33,9 +64,16 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     assert faults("keep") <= faults("usual")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_what_threads_have_freed_goes_back_where_they_have_one_heap():
+    assert left_by_threads("one") < 20  # of 160
+    assert left_by_threads("several") > 40
+
+
 def test_another_system_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
+    assert use_one_heap() is False
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

@@ -12,7 +12,7 @@ from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.filling import _panel_px
 from wsi_pipeline.inference import TorchPredictor, _demand
-from wsi_pipeline.memory import Demand, Sizes, fit_sizes, parse_size
+from wsi_pipeline.memory import MARGIN, Demand, Sizes, default_cap, fit_sizes, parse_size
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.synth import write_slide
 from wsi_pipeline.tiling import PANEL_PX
@@ -65,6 +65,19 @@ def test_with_small_tiles_finding_the_ranges_of_an_8_bit_network_sets_the_peak()
     assert replace(half, in_bytes=True).peak(sizes) > half.peak(sizes)
     large = replace(sizes, tile_px=2048)
     assert replace(half, in_bytes=True).peak(large) == half.peak(large)
+
+
+@pytest.mark.parametrize("cap", [None, "3GiB", "2GiB", "1500M", "8G"])
+@pytest.mark.parametrize("value_bytes", [1, 2, 4])
+def test_memory_is_kept_as_long_as_a_pass_that_cannot_use_it_stays_below_the_cap(cap, value_bytes):
+    demand = replace(FULL, value_bytes=value_bytes)
+    most = parse_size(cap) if cap else default_cap(on_host=True)
+    sizes = fit_sizes(demand, WANTED, cap=cap)
+    enough, a_pass = demand.enough(sizes, cap=cap), demand._pass_bytes(sizes)
+    counted_on = int(demand.peak(sizes) / MARGIN - 0.2 * a_pass)
+    assert abs(enough - counted_on) <= 1 or counted_on < enough == most - a_pass
+    assert demand.enough(sizes, cap=8 * most) == 8 * most - a_pass
+    assert demand.enough(sizes, cap=8 * most, share=2) == 4 * most - a_pass
 
 
 def test_threads_go_before_batches_and_batches_before_tiles():

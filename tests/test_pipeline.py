@@ -1,10 +1,12 @@
 """The whole job with a small stand-in for the network: resume, faults, and the same bytes."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -504,6 +506,35 @@ def test_one_bad_slide_does_not_end_the_batch(slide, tmp_path):
     assert [r.status for r in reports] == ["failed", "done"]
     reports = run_slides(jobs, StubPredictor(), watcher=watcher, stop=lambda: False, fail_fast=True)
     assert [r.status for r in reports] == ["failed"]
+
+
+class OpenStores(StubPredictor):
+    """Notes the stores of maps that are in memory when its network begins a slide."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+        self.open: list[set[str]] = []
+
+    def predict(self, slide, tiles, **how):
+        time.sleep(0.5)  # the thread that made the last tables may still put its tools away
+        gc.collect()
+        stores = [each for each in gc.get_objects() if type(each) is PredictionStore]
+        self.open.append({store.path.name.strip(".").partition(".")[0] for store in stores})
+        yield from super().predict(slide, tiles, **how)
+
+
+@pytest.mark.parametrize(("device", "others"), [("cpu", 0), ("fake", 1)])
+def test_slides_that_are_done_are_not_in_memory(slide, tmp_path, device, others):
+    jobs = [job(slide, tmp_path, slide_id=name) for name in "abcd"]
+    predictor = OpenStores(device)
+    how = {"watcher": Watcher(), "stop": lambda: False, "ahead": False}
+    reports = run_slides(jobs, predictor, **how)
+    assert [report.status for report in reports] == ["done"] * 4
+    for name, there in zip("abcd", predictor.open, strict=True):
+        assert name in there
+        # on a device of its own, the tables of one slide are made beside the network of the next
+        assert len(there & set("abcd")) <= 1 + others
 
 
 def test_on_another_device_tables_are_made_beside_the_next_slide(slide, tmp_path):

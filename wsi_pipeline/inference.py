@@ -39,7 +39,7 @@ from wsi_pipeline.feeding import WAITING_BATCHES, Batch, Feeder, WindowReader
 from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.half import to_half
 from wsi_pipeline.machine import available_cpus, release_memory, resident_bytes
-from wsi_pipeline.memory import CANVASES, MARGIN, Demand, Sizes, fit_sizes
+from wsi_pipeline.memory import CANVASES, Demand, Sizes, fit_sizes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.steady import keep_to_one_kernel
 from wsi_pipeline.store import PredictionBlock
@@ -188,7 +188,7 @@ class TorchPredictor:
             workers=_positive("workers", workers, auto=auto_workers(device, share)),
             extractors=sizes.extractors,
             canvas_bytes=sizes.canvas_bytes,
-            host_bytes=int(demand.peak(sizes) / MARGIN),
+            host_bytes=demand.enough(sizes, cap=memory, share=share),
         )
         log.info(
             "%s on %s, %s, tiles of %d px, batches of %d, %d readers",

@@ -109,16 +109,38 @@ class Demand:
             loading += RANGES
         if not self.on_host:
             return int(MARGIN * (PROGRAM_CUDA + loading + predicting + extracting))
-        predicting += int(window * self._pass_values()) * self.value_bytes
+        predicting += int(self._pass_bytes(sizes) * self._kept_share)
         kept = 4 * self.weights
         return int(MARGIN * (PROGRAM + max(loading, kept + max(predicting, extracting))))
 
-    def _pass_values(self) -> float:
-        values, channels = PASS_VALUES.get(self.spec.architecture, OTHER_PASS_VALUES)
-        sizes = CHANGING_SIZES if self.spec.architecture in PASS_VALUES else 1.0
-        widths = self.spec.options.get("widths", (self.spec.options.get("width", channels),))
-        wide = widths[0] if self.spec.architecture != "stain-baseline" else channels
-        return values * sizes * max(0.25, wide / channels)
+    def enough(self, sizes: Sizes, *, cap: str | int | None, share: int = 1) -> int:
+        """Return the bytes above which a run gives back what it keeps for the next pass' maps.
+
+        Half of what :data:`CHANGING_SIZES` allows is for what is kept, half for what the next pass
+        may need beside it. Where the cap leaves more, a pass stays below it even if nothing of
+        what is kept is of use.
+
+        Args:
+            sizes: how much is done at a time.
+            cap: as of :func:`fit_sizes`.
+            share: likewise.
+        """
+        most, a_pass = _most(cap, share, on_host=self.on_host), self._pass_bytes(sizes)
+        beside = a_pass * (self._kept_share - 1) / 2
+        return max(int(self.peak(sizes) / MARGIN - beside), most - a_pass)
+
+    def _pass_bytes(self, sizes: Sizes) -> int:
+        """Return what a pass of whole tiles holds."""
+        architecture, options = self.spec.architecture, self.spec.options
+        values, channels = PASS_VALUES.get(architecture, OTHER_PASS_VALUES)
+        widths = options.get("widths", (options.get("width", channels),))
+        wide = widths[0] if architecture != "stain-baseline" else channels
+        window = (sizes.tile_px + 2 * self.spec.halo_px) ** 2
+        return int(window * values * max(0.25, wide / channels)) * self.value_bytes
+
+    @property
+    def _kept_share(self) -> float:
+        return CHANGING_SIZES if self.spec.architecture in PASS_VALUES else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +204,7 @@ def fit_sizes(
     Raises:
         JobError: the cap that was given is not a size, or less than the least that is needed.
     """
-    most = (default_cap(on_host=demand.on_host) if cap is None else parse_size(cap)) // share
+    most = _most(cap, share, on_host=demand.on_host)
     for sizes in _candidates(demand, wanted, fixed):
         if demand.peak(sizes) <= most:
             return sizes
@@ -199,6 +221,10 @@ def fit_sizes(
         "narrower --model."
     )
     raise JobError(msg)
+
+
+def _most(cap: str | int | None, share: int, *, on_host: bool) -> int:
+    return (default_cap(on_host=on_host) if cap is None else parse_size(cap)) // share
 
 
 _OPTIONS = {"tile_px": "tile-size", "batch_size": "batch-size", "extractors": "workers"}

@@ -181,6 +181,8 @@ class ObjectWriter:
                     {**keys, "ARROW:schema": base64.b64encode(arrow).decode()}
                 )
             self._writer.close()
+            self._held = []
+            pa.default_memory_pool().release_unused()  # Arrow hoards for itself
         except BaseException as late:
             self._file.__exit__(type(late), late, late.__traceback__)
             raise

@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.peers.networks import make_network, make_spec
 from benchmarks.peers.worker import Clock, parser, write_result
+from wsi_pipeline.command import collect_seldom
 from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.filling import lay_tiles
 from wsi_pipeline.inference import TorchPredictor
@@ -108,7 +109,8 @@ def time_tiles(slide: Path, mask: Path, predictor: TorchPredictor, limit: int) -
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    keep_freed_memory()  # as wsi-run does
+    collect_seldom()  # both as wsi-run does
+    keep_freed_memory()
     clock = Clock()
     predictor = load(args.network, args.precision, args.tile)
     if args.limit:

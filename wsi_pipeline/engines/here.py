@@ -33,7 +33,7 @@ from wsi_pipeline.errors import SlideBusyError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.history import deaths, suspected
 from wsi_pipeline.job import RunReport, SlideJob, finished_report
-from wsi_pipeline.machine import pause
+from wsi_pipeline.machine import pause, release_memory
 from wsi_pipeline.pipeline import Predicted, Prepared, polygonize, predict, prepare, reopen
 
 __all__ = ["Only", "run_slides"]
@@ -101,14 +101,21 @@ def run_slides(
     pending: deque[Future[None]] = deque()
     asked: list[str] = []
     with ThreadPoolExecutor(1, thread_name_prefix="objects") as objects:
+
+        def begin(job: SlideJob) -> None:
+            # What is known of a slide (a hundred megabytes of its maps) ends with this call and
+            # its second half: the next slide must not find it in memory.
+            half = run.first_half(job)
+            if half is not None:
+                pending.append(objects.submit(run.second_half, job, *half))
+
         with closing(run.slides):
             for job in run.in_turn():
                 asked.append(job.slide_id)
-                half = run.first_half(job)
-                if half is not None:
-                    pending.append(objects.submit(run.second_half, job, *half))
+                begin(job)
                 while len(pending) > allowed:
                     pending.popleft().result()
+                    release_memory()
         for future in pending:
             future.result()
     return [run.reports[name] for name in dict.fromkeys(asked) if name in run.reports]
