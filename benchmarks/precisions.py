@@ -125,7 +125,7 @@ def half_steps(slides: Path) -> dict:
     found: dict[str, dict] = {}
     for name, patched in {
         "cast": patch.object(inference, "to_half", lambda _network, _dtype: None),
-        "pixels exact": patch.object(half, "rounded_kernels", lambda weights, _dtype: weights),
+        "pixels exact": patch.object(half, "rounded_to_format", lambda weights, _dtype: weights),
         "sums of kernels kept": nullcontext(),
     }.items():
         with patched:

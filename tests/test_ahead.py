@@ -23,6 +23,8 @@ from wsi_pipeline.job import read_report
 from wsi_pipeline.store import PredictionBlock
 from wsi_pipeline.synth import write_slide
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 LONG = 20
 """Seconds after which a test that waits has failed; none waits that long otherwise."""
 
@@ -118,16 +120,6 @@ def notes(monkeypatch):
 
     monkeypatch.setattr(pipeline.Slide, "open", open_noted)
     return notes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_pictures():
-    """Drawing is most of the time of such small slides."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "wsi_pipeline.results.draw_preview", lambda picture, *_, **__: picture[::4, ::4]
-        )
-        yield
 
 
 @pytest.fixture(autouse=True)

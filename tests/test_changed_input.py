@@ -15,6 +15,8 @@ from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.job import SlideJob
 from wsi_pipeline.synth import write_slide
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 
 class Meddler(StandIn):
     """Does something to the slide before a tile is predicted."""
@@ -31,14 +33,6 @@ class Meddler(StandIn):
                 self.meddle()
             self.seen += 1
             yield block
-
-
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    """Drawing is most of the time of such small slides."""
-    monkeypatch.setattr(
-        "wsi_pipeline.results.draw_preview", lambda picture, *_, **__: picture[::4, ::4]
-    )
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from wsi_pipeline.instances import spool
 from wsi_pipeline.job import SlideJob, read_report
 from wsi_pipeline.synth import write_slide
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 SIZE = 16 << 20
 
 
@@ -32,16 +34,6 @@ def slide(tmp_path_factory):
     path = tmp_path_factory.mktemp("slides") / "a.svs"
     write_slide(path, width=900, height=700, mpp=0.5, seed=3, truth=False)
     return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cheap():
-    """Small pictures, which are most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "wsi_pipeline.results.draw_preview", lambda picture, *_, **__: picture[::4, ::4]
-        )
-        yield
 
 
 def go(slide, out, **facts):

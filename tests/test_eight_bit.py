@@ -18,11 +18,12 @@ from wsi_pipeline import device, eight_bit
 from wsi_pipeline.blocks import DoubledSum, FusedConv, Logits, fold_batch_norms
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.device import choose_precision, why_no_int8
-from wsi_pipeline.eight_bit import obstacle, pixel_levels, rounded_kernels, to_eight_bits
+from wsi_pipeline.eight_bit import obstacle, pixel_levels, to_eight_bits
 from wsi_pipeline.errors import JobError
 from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.geometry import PixelGrid
 from wsi_pipeline.inference import TorchPredictor
+from wsi_pipeline.kept_sums import rounded_to_levels
 from wsi_pipeline.levels import Levels
 from wsi_pipeline.network import build_network
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
@@ -82,28 +83,6 @@ def levels(shape, *, scale, zero=0, seed=0):
     return Levels(laid, scale, zero)
 
 
-def test_kernels_keep_their_sums():
-    torch.manual_seed(0)
-    weights = torch.randn(16, 24, 3, 3).mul(40).clamp(-126, 126)
-    found = rounded_kernels(weights).float()
-    assert (found - weights).abs().max() < 1
-    surplus = (found - weights).sum((2, 3))
-    assert surplus.abs().max() <= 0.5 + 1e-4
-    nearest = weights.round()
-    assert (nearest - weights).sum((2, 3)).abs().max() > 1, "nothing to do for these"
-    # No more weights than needed leave their nearest level, and those that lie between two.
-    moved = (found != nearest).flatten(2)
-    away = (weights - nearest).abs().flatten(2)
-    needed = (nearest - weights).sum((2, 3)).round().abs()
-    assert torch.equal(moved.sum(2), needed.long())
-    assert away[moved].mean() > 0.3
-
-
-def test_a_kernel_of_one_weight_goes_to_its_nearest_level():
-    weights = torch.tensor([0.49, -0.51, 126.7, -127.0, 1.5]).view(5, 1, 1, 1)
-    assert rounded_kernels(weights).flatten().tolist() == [0, -1, 127, -127, 2]
-
-
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 5, 1, 4), (1, 24, 9, 16), (1, 48, 33, 7)])
 def test_doubling_is_interpolation_rounded_once(shape):
     own = levels(shape, scale=0.5, zero=7)
@@ -149,7 +128,7 @@ def test_a_convolution_is_exact_up_to_its_rounding(kernel, stride, zero_in, zero
     conv = nn.Conv2d(6, 10, kernel, stride, padding=kernel // 2).requires_grad_(False)
     x = levels((1, 6, 17, 20), scale=0.02, zero=zero_in)
     per_output = conv.weight.abs().amax((1, 2, 3), keepdim=True) / 127
-    weights = rounded_kernels(conv.weight / per_output).double() * per_output.double()
+    weights = rounded_to_levels(conv.weight / per_output).double() * per_output.double()
     wanted = functional.conv2d(
         (x.values.double() - zero_in) * 0.02,
         weights,

@@ -14,6 +14,8 @@ from wsi_pipeline.engines import Silent, run_slides
 from wsi_pipeline.job import SlideJob
 from wsi_pipeline.synth import write_slide
 
+pytestmark = pytest.mark.usefixtures("small_pictures")
+
 PLACES = {
     "a tile is decoded": "wsi_pipeline.slide.tiff.TiffReader.tile",
     "the tissue is found": "wsi_pipeline.pipeline.detect_tissue",
@@ -25,15 +27,6 @@ PLACES = {
     "the picture is drawn": "wsi_pipeline.results.draw_preview",
 }
 """What may ask for more memory than there is."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "wsi_pipeline.results.draw_preview", lambda picture, *_, **__: picture[::4, ::4]
-        )
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ from the least and the largest value that it had on the images. These are fixed,
 does not depend on what is predicted before. Sums are exact (32 bits); a result is rounded once,
 after what is added to it and the rectifier. The logits are float32.
 
-Rounded weights are where most of the error comes from, if each goes to its nearest level: what a
-convolution sees is smooth and never negative, so errors of one kernel that do not cancel add up.
-Hence :func:`rounded_kernels`. It takes no data and makes the error of weights a third (nuclei of
+Rounded weights are where most of the error comes from, if each goes to its nearest level. Rounded
+so that the sums of kernels are kept (``kept_sums.py``), their error is a third (nuclei of
 ``cerberus-lite``: mean error of a probability 0.0019, then 0.0006; bfloat16 altogether 0.0007).
 """
 
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wsi_pipeline.blocks import DoubledSum, FusedConv, Logits, convolved, rectified, summed
+from wsi_pipeline.kept_sums import MOST_LEVEL, rounded_to_levels
 from wsi_pipeline.levels import Levels
 
 __all__ = [
@@ -36,14 +36,11 @@ __all__ = [
     "byte_product",
     "obstacle",
     "pixel_levels",
-    "rounded_kernels",
     "to_eight_bits",
 ]
 
 ARCHITECTURES = ("cerberus", "cerberus-lite")
 """Those that pass on nothing but sums and results of rectifiers."""
-_MOST = 127
-"""The largest weight; -128 is not used."""
 _STEPS = 32
 """Scales are multiples of a power of two by so many steps: ranges that differ in their last bits,
 as float32 has them on other processors, give the same scales."""
@@ -97,33 +94,12 @@ def to_eight_bits(network: nn.Module, images: Iterable[NDArray[np.uint8]]) -> No
 def byte_product(side: int) -> Callable[[], object]:
     """Return what multiplies two square matrices of bytes, by the library of the convolutions."""
     levels = torch.randint(0, 256, (side, side), dtype=torch.uint8)
-    weights = torch.randint(-_MOST, _MOST + 1, (side, side), dtype=torch.int8)
+    weights = torch.randint(-MOST_LEVEL, MOST_LEVEL + 1, (side, side), dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weights, None)
     scales, zeros = torch.ones(side), torch.zeros(side, dtype=torch.int64)
     given = (levels, 1.0, 0, packed, scales, zeros, None)
     result: tuple[Any, ...] = (256.0 * side, 0, torch.uint8, "none", [], "")
     return lambda: torch.ops.onednn.qlinear_pointwise(*given, *result)
-
-
-def rounded_kernels(weights: Tensor) -> Tensor:
-    """Round weights so that the errors of each kernel nearly add up to nothing.
-
-    Every weight goes to the level below or above. Where the nearest ones add up to half a level
-    too much or more, those that were rounded the furthest go the other way.
-
-    Args:
-        weights: ``(O, I, h, w)``, in levels.
-
-    Returns:
-        int8, -127..127.
-    """
-    exact = weights.flatten(2)
-    nearest = exact.round()
-    error = nearest - exact
-    surplus = error.sum(2, keepdim=True).round()
-    order = (error * surplus.sign()).argsort(dim=2, descending=True, stable=True).argsort(dim=2)
-    levels = nearest - (order < surplus.abs()) * surplus.sign()
-    return levels.clamp(-_MOST, _MOST).to(torch.int8).view(weights.shape)
 
 
 class _Watched(FusedConv):
@@ -171,9 +147,9 @@ class _EightBitConv(FusedConv):
         self.conv = conv
         self._result = (1.0, 0, torch.float32) if floats else (scale, zero, torch.uint8)
         weights = conv.weight.detach()
-        self._scales = weights.abs().amax((1, 2, 3)).clamp(min=1e-12) / _MOST
+        self._scales = weights.abs().amax((1, 2, 3)).clamp(min=1e-12) / MOST_LEVEL
         self._zeros = torch.zeros(len(weights), dtype=torch.int8)
-        self._levels: Tensor | None = rounded_kernels(weights / self._scales[:, None, None, None])
+        self._levels: Tensor | None = rounded_to_levels(weights / self._scales[:, None, None, None])
         self._packed: Tensor | None = None
 
     def fused(
