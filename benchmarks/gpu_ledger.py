@@ -8,12 +8,18 @@ result is on the disk before the next begins, a part that fails is written down 
 and none begins after ``--seconds``.
 
 rates      matrix products in each precision, a copy in memory: what nothing can be faster than
-network    the full network (random weights), windows that lie on the device, to uint8 maps:
-           by tile size and variant below, seconds a tile, useful megapixels a second, the
-           share of the matrix rate (FLOPs of the write box alone, so that halos count as waste),
-           peak memory, and how far the maps are from float32 on the CPU
+network    the full network (random weights), windows that lie on the device, to uint8 maps: by
+           tile size and variant below, seconds of the first pass and of a tile, useful megapixels
+           a second, the share of the matrix rate (FLOPs of the write box alone, so that halos
+           count as waste), peak memory, and, for small tiles, how far the maps are from float32
+           on the CPU
 profile    where the time of the variants ``as it is`` goes, kernel by kernel
-slides     ``wsi-run`` on five synthetic slides: seconds by stage, and how busy the device was
+slides     the main job on five slides at 0.25 um (one piece of tissue all over): seconds by stage,
+           how busy the device was (launching counts as busy), megapixels a second to be held
+           against those of ``network``
+
+The main tile size comes first, ``as it is``, then the slides, then the other variants of that
+tile, those that compile last, then the other tile sizes without them.
 
 =====================  ===========================================================================
 variant                what it is
@@ -36,7 +42,7 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
@@ -50,6 +56,7 @@ from torch import Tensor, nn
 
 import wsi_pipeline as wsi
 from benchmarks.gpu import differences, make_bundle
+from benchmarks.memory import write_repeated
 from benchmarks.step_cost import median_seconds, wait_for
 from wsi_pipeline import blocks
 from wsi_pipeline.bench.rates import dense_flops, matrix_rate, memory_rate
@@ -100,9 +107,10 @@ class Ledger:
 def added_by_cudnn(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, then: str | None) -> Tensor:
     """Stand in for ``blocks._fused``: the same by cuDNN's kernels with an epilogue."""
     how = (conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    if then is None:
+    if then is None or conv.in_channels % 8:  # of three channels: no kernel with an epilogue
         y = nn.functional.conv2d(x, conv.weight, *how)
-        return y if plus is None else y.add_(plus)
+        y = y if plus is None else y.add_(plus)
+        return y if then is None else y.relu_()
     if plus is None:
         return torch.cudnn_convolution_relu(x, conv.weight, *how)
     return torch.cudnn_convolution_add_relu(x, conv.weight, plus, 1.0, *how)
@@ -170,11 +178,16 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     with ExitStack() as stack, torch.inference_mode():
         predict = variant_of(name, predictor, pixels, stack)
+        begun = time.perf_counter()
+        predict(pixels)
+        wait_for(device)
+        first = time.perf_counter() - begun
         seconds = (
             median_seconds(lambda: predict(pixels), device, repeats=times, warm_up=WARM_UP) / batch
         )
         maps = {key: map_[0].cpu().numpy() for key, map_ in predict(pixels).items()}
     result: dict[str, Any] = {
+        "first_pass_s": first,
         "seconds_a_tile": seconds,
         "mpx_per_s": tile**2 / 1e6 / seconds,
         "useful_share": dense_flops(bundle.spec, [(tile, tile)]) / seconds / rate,
@@ -231,20 +244,24 @@ def profile(bundle: ModelBundle, device: str, tile: int, batch: int, out: Path) 
     return path.name
 
 
-def slides(model: str | Path, device: str, side: int, count: int) -> dict[str, Any]:
-    """Run synthetic slides; return the seconds of each by stage, and of all."""
+def slides(model: str | Path, device: str, slide: Path, count: int) -> dict[str, Any]:
+    """Run a slide under several names, after a small one; return the seconds of each by stage."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / "slides" / f"s{number}.svs" for number in range(count)]
         paths[0].parent.mkdir()
-        write_slide(paths[0], width=side, height=side, mpp=0.5, seed=7)
-        for path in paths[1:]:
-            path.hardlink_to(paths[0])
+        for path in paths:
+            path.symlink_to(slide)
+        small = Path(folder) / "small.svs"
+        write_slide(small, width=1024, height=1024, mpp=0.25, seed=7, truth=False)
+        wsi.run([small], Path(folder) / "warm", model=model, device=device)  # compiles the loops
         begun = time.perf_counter()
         reports = wsi.run(paths, Path(folder) / "out", model=model, device=device)
         seconds = time.perf_counter() - begun
+        mm2 = sum(report.tissue_mm2 for report in reports)
         return {
             "seconds": seconds,
-            "mm2": sum(report.tissue_mm2 for report in reports),
+            "mm2": mm2,
+            "mpx_per_s": 4 * mm2 / seconds,  # of tissue, at 0.5 um
             "busy": sum(report.device_busy_s or 0 for report in reports) / seconds,
             "stages_s": [report.seconds for report in reports],
             "counts": reports[0].counts,
@@ -257,15 +274,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--tiles", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[2048, 1024, 4096])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--slide-px", type=int, default=16384)
+    parser.add_argument("--slide-px", type=int, default=32768)
     parser.add_argument("--tiny", action="store_true", help="a narrow network, small tiles")
     args = parser.parse_args()
     widths, times, matrix, batch_px = [64, 128, 256, 512], TIMES, None, 8 * 2368**2
     if args.tiny:
         widths, times, matrix, batch_px = [8, 16, 16, 32], 2, 512, 2 * 576**2
-        args.tiles, args.slide_px = [256], 1024
+        args.tiles, args.slide_px = [256], 2048
     device, ledger = args.device, Ledger(args.out, args.seconds)
     clock = time.perf_counter
     used = dict.fromkeys(VARIANTS.values())
@@ -274,17 +291,28 @@ def main() -> None:
     ledger.try_("rates", lambda: {"matrix_flops": rates, "bytes_per_s": copied})
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_bundle(Path(folder), widths)
-        for tile in args.tiles:
+        slide = Path(folder) / "slide.svs"
+        write_repeated(slide, (args.slide_px, args.slide_px), mpp=0.25)
+
+        def network(tile: int, names: Iterable[str]) -> None:
             batch = max(1, min(8, batch_px // (tile + 320) ** 2))
-            for name in args.variants:
+            for name in (name for name in names if name in args.variants):
                 rate, count = rates[VARIANTS[name]], batch if name == "in batches" else 1
                 work = partial(measure, name, bundle, device, tile, count, rate, times)
                 ledger.try_(f"network {tile}: {name}", work)
-            ledger.try_(f"profile {tile}", partial(profile, bundle, device, tile, 1, args.out))
-        for model in ("cerberus-lite", Path(folder) / "random"):
+
+        first, *others = args.tiles
+        main_variant, *more = VARIANTS
+        network(first, [main_variant])
+        ledger.try_(f"profile {first}", partial(profile, bundle, device, first, 1, args.out))
+        for model in (Path(folder) / "random", "cerberus-lite"):
             name = f"slides: {model if isinstance(model, str) else 'cerberus, random'}"
-            work = partial(slides, model, device, args.slide_px, 2 if args.tiny else 5)
+            work = partial(slides, model, device, slide, 2 if args.tiny else 5)
             ledger.try_(name, work)
+        network(first, more)
+        for tile in others:
+            network(tile, [name for name in VARIANTS if "compiled" not in name])
+            ledger.try_(f"profile {tile}", partial(profile, bundle, device, tile, 1, args.out))
 
 
 if __name__ == "__main__":

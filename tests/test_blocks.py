@@ -106,6 +106,21 @@ def test_doubling_by_rows_and_columns_is_bilinear(shape, dtype):
     torch.testing.assert_close(found.float(), exact, atol=atol, rtol=1e-2)
 
 
+@pytest.mark.parametrize(("shape", "parts"), [((4, 16, 5, 6), 4), ((1, 16, 5, 6), 4)])
+def test_what_is_too_large_for_cuda_is_enlarged_in_parts(monkeypatch, shape, parts):
+    x = some(*shape).contiguous(memory_format=torch.channels_last)
+    expected = enlarged(x, 2)
+    calls = []
+    interpolate = functional.interpolate
+    monkeypatch.setattr(
+        blocks.functional, "interpolate", lambda *a, **k: calls.append(a) or interpolate(*a, **k)
+    )
+    monkeypatch.setattr(blocks, "_MOST_ENLARGED", expected.numel() // parts)
+    found = enlarged(x, 2)
+    assert len(calls) == parts
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_only_bf16_without_gradients_is_doubled_by_rows_and_columns(monkeypatch):
     monkeypatch.setattr(blocks, "_doubled", lambda _: "by rows and columns")
     half, full = some(1, 3, 4, 4, dtype=torch.bfloat16), some(1, 3, 4, 4)

@@ -26,6 +26,9 @@ def test_variants_are_compared_and_an_impossible_one_stops_nothing(monkeypatch, 
         1,
         2,
     )
+    assert found["network 256: fp32"]["first_pass_s"] > 0
+    # what is most wanted comes first
+    assert list(found)[1:4] == ["network 256: as it is", "profile 256", "slides: cerberus, random"]
     assert "conv" in (tmp_path / found["profile 256"]).read_text()
     assert found["slides: cerberus-lite"] == {"busy": 1.0}
 

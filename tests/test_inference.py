@@ -296,6 +296,8 @@ def test_out_of_memory_halves_the_batch(bundle, slide, monkeypatch):
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
 )
 def test_out_of_memory_cuts_a_tile_into_pieces_that_are_as_right(bundle, slide, monkeypatch, error):
@@ -461,8 +463,41 @@ def test_auto_choices(bundle, monkeypatch):
     assert TorchPredictor.load(bundle).precision == "fp32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device.choose_device("auto") == "cuda"
-    assert device.choose_precision("auto", "cuda", architecture="cerberus") == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp32")],
+)
+def test_half_precision_of_a_gpu_is_one_that_it_has(monkeypatch, capability, expected):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda name: asked.append(name) or capability
+    )
+    assert device.choose_precision("auto", "cuda:1", architecture="cerberus") == expected
+    assert asked == ["cuda:1"]
     assert device.choose_precision("auto", "cuda", architecture="stain-baseline") == "fp32"
+    assert device.choose_precision("bf16", "cuda", architecture="cerberus") == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("CUDA error: uncorrectable ECC error encountered", True),
+        ("shapes do not fit", False),
+    ],
+)
+def test_a_device_that_has_failed_is_lost_to_its_process(bundle, slide, monkeypatch, said, lost):
+    predictor = load(bundle)
+
+    def failing(_pixels):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(predictor, "_compute", failing)
+    with pytest.raises(RuntimeError, match=said):
+        predict(predictor, slide)
+    assert predictor.is_lost is lost
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def test_the_slide_fails_with_the_code_and_the_others_go_on(
         RuntimeError("can't start new thread"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: out of memory"),
     ],
 )
 def test_every_name_of_it_has_the_same_code(slides, tmp_path, monkeypatch, error):

@@ -553,6 +553,22 @@ def test_slides_that_are_done_are_let_go(slide, tmp_path, monkeypatch, device, e
         assert names in (expected[number], expected[number][-1:])
 
 
+def test_a_device_that_is_lost_takes_no_further_slide_down(slide, tmp_path):
+    class Losing(StubPredictor):
+        is_lost = False
+
+        def predict(self, slide, tiles, **how):
+            self.is_lost = True
+            raise RuntimeError("CUDA error: unspecified launch failure")
+            yield
+
+    jobs = [job(slide, tmp_path, slide_id=name) for name in "abc"]
+    reports = run_slides(jobs, Losing(), watcher=Watcher(), stop=lambda: False)
+    assert [(report.slide_id, report.status) for report in reports] == [("a", "failed")]
+    reports = run_slides(jobs, StubPredictor(), watcher=Watcher(), stop=lambda: False)
+    assert [report.status for report in reports] == ["done"] * 3
+
+
 def test_on_another_device_tables_are_made_beside_the_next_slide(slide, tmp_path):
     other = tmp_path / "b.svs"
     shutil.copy(slide, other)

@@ -305,7 +305,7 @@ def _is_out_of_memory(error: Exception) -> bool:
         return True
     # torch, oneDNN, C++; and threads, which need memory for their stacks
     said = ("allocate memory", "not enough memory", "could not create a memory object",
-            "bad_alloc", "start new thread", "launch worker thread")  # fmt: skip
+            "bad_alloc", "start new thread", "launch worker thread", "out of memory")  # fmt: skip
     return any(words in str(error) for words in said)
 
 

@@ -37,6 +37,8 @@ INPUT_MULTIPLE = 16
 """Height and width of an input are multiples of this: the total stride of the encoders."""
 _STRIP_BYTES = 8 << 20
 """Of one map in a strip: what is computed from it next finds it in the cache."""
+_MOST_ENLARGED = (1 << 31) - 2
+"""Elements of the largest map that CUDA's interpolation of channels-last maps makes."""
 _ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
@@ -236,6 +238,10 @@ def enlarged(logits_BCHW: Tensor, times: int) -> Tensor:
         return logits_BCHW
     if times == 2 and logits_BCHW.dtype == torch.bfloat16 and _is_inference(logits_BCHW):
         return _doubled(logits_BCHW)
+    if logits_BCHW.numel() * times**2 > _MOST_ENLARGED:
+        axis = 0 if len(logits_BCHW) > 1 else 1
+        halves = logits_BCHW.chunk(2, axis)
+        return torch.cat([enlarged(half, times) for half in halves], axis)
     return functional.interpolate(
         logits_BCHW, scale_factor=times, mode="bilinear", align_corners=False
     )

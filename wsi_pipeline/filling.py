@@ -18,7 +18,7 @@ from wsi_pipeline.job import SlideJob, versions
 from wsi_pipeline.slide import Slide
 from wsi_pipeline.spec import ModelSpec
 from wsi_pipeline.store import PredictionBlock, PredictionStore, WrittenBlock
-from wsi_pipeline.tiling import FIT_STEP_PX, PANEL_PX, Tile, TileGrid
+from wsi_pipeline.tiling import PANEL_PX, Tile, TileGrid, fit_step
 from wsi_pipeline.tissue import TissueMask
 
 __all__ = [
@@ -98,7 +98,7 @@ def lay_tiles(slide: Slide, tissue: TissueMask, predictor: Predictor) -> TileGri
         panel_px=_panel_px(slide, grid, predictor),
         wanted=lambda box: tissue.touches(grid, box),
         extent=(lambda box: tissue.extent(grid, box)) if predictor.is_fitting else None,
-        step_px=math.lcm(FIT_STEP_PX, *strides),
+        step_px=math.lcm(fit_step(predictor.tile_px), *strides),
     )
 
 

@@ -17,6 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ class TorchPredictor:
             host_bytes: a network on the CPU gives memory that it keeps for its next maps back
                 when the process holds more; None: never.
 
-        ``busy_s`` counts the seconds in which the network has run.
+        ``busy_s`` counts the seconds in which the network has run; ``is_lost`` says that the device
+        has failed so that only another process may use it.
         """
         self.spec = spec
         self.device = device
@@ -101,6 +103,7 @@ class TorchPredictor:
         self.canvas_bytes = canvas_bytes
         self._host_bytes = host_bytes if device == "cpu" else None
         self.busy_s = 0.0
+        self.is_lost = False
         # Tiles the device takes at once. A CPU gains nothing by more than one, and its kernels
         # round differently by the number; there a batch is what is read ahead.
         self._at_once = 1 if device == "cpu" else batch_size
@@ -242,7 +245,7 @@ class TorchPredictor:
         depth = 1 if self.device.startswith("cuda") else 0
         warned = False
         running: deque[tuple[Batch, dict[str, Tensor], DeviceSpan | None]] = deque()
-        with feed or self.begin(slide, tiles) as batches:
+        with feed or self.begin(slide, tiles) as batches, self._noting_loss():
             for batch in batches:
                 if stop():
                     return
@@ -255,6 +258,14 @@ class TorchPredictor:
             while running and not stop():
                 yield from self._collect(*running.popleft())
 
+    @contextmanager
+    def _noting_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.is_lost = self.is_lost or _is_of_device(error)
+            raise
+
     def _launch(self, batch: Batch) -> tuple[dict[str, Tensor], DeviceSpan | None]:
         """Start the work for a batch; the maps are complete when the span's end has passed."""
         span = DeviceSpan(self.device) if self.device.startswith("cuda") else None
@@ -264,9 +275,7 @@ class TorchPredictor:
             release_memory()
         while True:
             try:
-                parts = [
-                    self._compute_in_pieces(part) for part in torch.split(batch.pixels, self._limit)
-                ]
+                host = self._maps_on_host(batch, wait=span is None)
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
@@ -285,19 +294,24 @@ class TorchPredictor:
             log.warning("%s", self._how_reduced())
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
-        maps = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         if span is None:
-            host = {key: map_.cpu() for key, map_ in maps.items()}
             self.busy_s += time.perf_counter() - begun
-            return host, None
-        host = {
+        else:
+            span.end()
+        return host, span
+
+    def _maps_on_host(self, batch: Batch, *, wait: bool) -> dict[str, Tensor]:
+        """Compute a batch; without ``wait``, its maps are there once the device has come so far."""
+        parts = [self._compute_in_pieces(part) for part in torch.split(batch.pixels, self._limit)]
+        maps = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        if wait:
+            return {key: map_.cpu() for key, map_ in maps.items()}
+        return {
             key: torch.empty(map_.shape, dtype=map_.dtype, pin_memory=True).copy_(
                 map_, non_blocking=True
             )
             for key, map_ in maps.items()
         }
-        span.end()
-        return host, span
 
     @property
     def _can_halve_pieces(self) -> bool:
@@ -433,11 +447,18 @@ def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) ->
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU the allocator of torch, and oneDNN's, raise plain RuntimeErrors.
-    said = ("not enough memory", "allocate memory", "could not create a memory object")
+    # On a CPU the allocator of torch, and oneDNN's, raise plain RuntimeErrors; so do CUDA's pinned
+    # memory, cuDNN and cuBLAS.
+    said = ("not enough memory", "allocate memory", "could not create a memory object",
+            "out of memory", "ALLOC_FAILED")  # fmt: skip
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error) for words in said
     )
+
+
+def _is_of_device(error: RuntimeError) -> bool:
+    """Tell whether a device has failed in a way that leaves its process no use of it."""
+    return "CUDA error" in str(error) and not _is_out_of_memory(error)
 
 
 def _positive(what: str, value: int | str, *, auto: int) -> int:

@@ -31,12 +31,18 @@ from dataclasses import dataclass, replace
 
 from wsi_pipeline.geometry import Box, PixelGrid
 
-__all__ = ["FIT_STEP_PX", "PANEL_PX", "Tile", "TileGrid"]
+__all__ = ["FIT_STEP_PX", "PANEL_PX", "Tile", "TileGrid", "fit_step"]
 
 PANEL_PX = 16384
 """Tiles are walked in columns of this width, so memory does not grow with the slide."""
 FIT_STEP_PX = 128
-"""Sides of fitted windows differ by multiples of this, so that there are few sizes."""
+"""Sides of fitted windows differ by multiples of this or, in tiles of 2,048 px and more, of an
+eighth of a tile: there are few sizes, each of which has its first time."""
+
+
+def fit_step(tile_px: int) -> int:
+    """Return the step of the sides of windows in tiles of a size."""
+    return FIT_STEP_PX * max(1, tile_px // 1024)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

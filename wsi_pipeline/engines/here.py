@@ -168,7 +168,9 @@ class _Run:
         failed = self.fail_fast and any(
             not report.as_asked for report in list(self.reports.values())
         )
-        return failed or self.closed() or self.stop()
+        # Its device is of no use to this process any more: the other slides would fail, too.
+        lost = getattr(self.predictor, "is_lost", False)
+        return failed or lost or self.closed() or self.stop()
 
     def in_turn(self) -> Iterator[SlideJob]:
         """Yield the jobs that are to be begun; those of other processes once these let go."""
