@@ -1,3 +1,5 @@
+import os
+import platform
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ from wsi_pipeline.machine import (
     keep_freed_memory,
     peak_rss_mb,
     total_memory,
-    use_one_heap,
+    use_few_heaps,
 )
 
 FAULTS = """
@@ -29,8 +31,9 @@ import sys, threading
 import numpy as np
 from wsi_pipeline import machine
 from wsi_pipeline.machine import keep_freed_memory, release_memory, resident_bytes
+machine.available_cpus = lambda: 2
 if sys.argv[1] == "several":
-    machine.use_one_heap = lambda: True
+    machine.use_few_heaps = lambda: True
 keep_freed_memory()
 before = resident_bytes()
 together = threading.Barrier(8)
@@ -47,7 +50,9 @@ print((resident_bytes() - before) >> 20)
 
 def left_by_threads(how: str) -> int:
     command = [sys.executable, "-c", THREADS, how]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=usual)
+    return int(done.stdout)
 
 
 def faults(how: str) -> int:
@@ -64,16 +69,16 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     assert faults("keep") <= faults("usual")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_what_threads_have_freed_goes_back_where_they_have_one_heap():
-    assert left_by_threads("one") < 20  # of 160
+    assert left_by_threads("one") < 30  # of 160
     assert left_by_threads("several") > 40
 
 
 def test_another_system_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
-    assert use_one_heap() is False
+    assert use_few_heaps() is False
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

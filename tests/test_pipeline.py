@@ -1,5 +1,6 @@
 """The whole job with a small stand-in for the network: resume, faults, and the same bytes."""
 
+import gc
 import json
 import os
 import shutil
@@ -529,6 +530,19 @@ class OpenStores(StubPredictor):
         yield from super().predict(slide, tiles, **how)
 
 
+def noted_stores(monkeypatch):
+    """Return the stores that there are, now and later."""
+    stores: weakref.WeakSet[PredictionStore] = weakref.WeakSet()
+    begin = PredictionStore.__init__
+
+    def noted(store, *args):
+        begin(store, *args)
+        stores.add(store)
+
+    monkeypatch.setattr(PredictionStore, "__init__", noted)
+    return stores
+
+
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
@@ -538,19 +552,32 @@ class OpenStores(StubPredictor):
     ],
 )
 def test_slides_that_are_done_are_let_go(slide, tmp_path, monkeypatch, device, expected):
-    stores: weakref.WeakSet[PredictionStore] = weakref.WeakSet()
-    begin = PredictionStore.__init__
-
-    def noted(store, *args):
-        begin(store, *args)
-        stores.add(store)
-
-    monkeypatch.setattr(PredictionStore, "__init__", noted)
+    stores = noted_stores(monkeypatch)
     jobs = [job(slide, tmp_path, slide_id=name) for name in "abc"]
     predictor = OpenStores(device, stores)
-    run_slides(jobs, predictor, watcher=Watcher(), stop=lambda: False, ahead=False)
+    gc.collect()
+    gc.disable()  # in no cycle either, which may be looked for late
+    try:
+        run_slides(jobs, predictor, watcher=Watcher(), stop=lambda: False, ahead=False)
+    finally:
+        gc.enable()
     for number, names in enumerate(predictor.open):
         assert names in (expected[number], expected[number][-1:])
+
+
+def test_slides_that_failed_are_let_go(slide, tmp_path, monkeypatch):
+    stores = noted_stores(monkeypatch)
+    jobs = [job(slide, tmp_path, slide_id=name) for name in "abc"]
+    predictor = OpenStores("cpu", stores)
+    predictor.fail_at = 1
+    gc.collect()
+    gc.disable()
+    try:
+        reports = run_slides(jobs, predictor, watcher=Watcher(), stop=lambda: False)
+    finally:
+        gc.enable()
+    assert [report.status for report in reports] == ["failed"] * 3
+    assert predictor.open == [["a"], ["b"], ["c"]]
 
 
 def test_a_device_that_is_lost_takes_no_further_slide_down(slide, tmp_path):

@@ -173,13 +173,13 @@ def run(
     log_to_stderr(verbose=verbose, json_lines=json_lines, redaction=redaction)
     with plain_errors(redaction), signals() as caught:
         from wsi_pipeline.api import execute, plan_run
-        from wsi_pipeline.machine import keep_freed_memory, use_one_heap
+        from wsi_pipeline.machine import keep_freed_memory, use_few_heaps
         from wsi_pipeline.memory import parse_size
 
         if how["memory"] is None:
             keep_freed_memory()  # faster, at some hundreds of megabytes
         else:
-            use_one_heap()
+            use_few_heaps()
             parse_size(how["memory"])  # wrong use is told before a slide is looked for
         plan = plan_run(
             slides,

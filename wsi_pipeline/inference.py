@@ -143,8 +143,8 @@ class TorchPredictor:
         Args:
             bundle: the model.
             device: ``auto`` (cuda, else mps, else cpu), ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
-            precision: ``auto``, ``fp32``, ``bf16``, ``fp16``, ``int8``. Auto: bf16 on CUDA, and
-                on CPUs that have bf16 instructions, for networks of convolutions; else fp32.
+            precision: ``auto``, ``fp32``, ``bf16``, ``fp16``, ``int8``. Auto: for
+                networks of convolutions half precision, see :func:`choose_precision`; else fp32.
             tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA,
                 else 1024, less where ``memory`` asks for it.
             batch_size: tiles a pass. Auto: 1, so that windows are as small as the tissue in

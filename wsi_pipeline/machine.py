@@ -21,7 +21,7 @@ __all__ = [
     "peak_rss_mb",
     "release_memory",
     "total_memory",
-    "use_one_heap",
+    "use_few_heaps",
 ]
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -62,20 +62,21 @@ def keep_freed_memory() -> bool:
         Whether it does; False without glibc.
     """
     kept = _set_malloc({_MMAP_MAX: 0, _TRIM_THRESHOLD: (1 << 31) - 1})
-    return kept and use_one_heap()  # what one thread has freed, others take
+    return kept and use_few_heaps()  # what one thread has freed, others take
 
 
-def use_one_heap() -> bool:
-    """Let all threads of this process allocate from one heap; before it has many of them.
+def use_few_heaps() -> bool:
+    """Let threads share heaps, one for four processors; to be said before there are many threads.
 
     glibc gives threads heaps of their own, whose free ends it keeps even when it is asked for
     them, and which other threads cannot use: threads that come and go with each slide left 300 MiB
-    behind. For the processes of commands, as above.
+    behind. A heap is one lock, so it is not one for all of a large machine. For the processes of
+    commands, as above.
 
     Returns:
-        Whether it does; False without glibc.
+        Whether they do; False without glibc.
     """
-    return _set_malloc({_ARENA_MAX: 1})
+    return _set_malloc({_ARENA_MAX: max(1, available_cpus() // 4)})
 
 
 def _set_malloc(options: Mapping[int, int]) -> bool:

@@ -92,7 +92,10 @@ class Demand:
     """Whether the next slide is made ready meanwhile."""
 
     def peak(self, sizes: Sizes) -> int:
-        """Return the bytes that a run holds at its most on the host."""
+        """Return the bytes that a run needs at its most on the host.
+
+        It keeps more for the next maps where the cap leaves room: see :meth:`enough`.
+        """
         window = (sizes.tile_px + 2 * self.spec.halo_px) ** 2
         maps = sum(
             (len(head.prob_channels) + head.has_class_map) * (sizes.tile_px // head.stride) ** 2
@@ -117,8 +120,8 @@ class Demand:
         """Return the bytes above which a run gives back what it keeps for the next pass' maps.
 
         Half of what :data:`CHANGING_SIZES` allows is for what is kept, half for what the next pass
-        may need beside it. Where the cap leaves more, a pass stays below it even if nothing of
-        what is kept is of use.
+        needs beside it. Where the cap leaves more, it is as much as leaves room for a whole pass
+        to which nothing of what is kept is of use (and :data:`MARGIN` for what else grows).
 
         Args:
             sizes: how much is done at a time.
@@ -127,7 +130,7 @@ class Demand:
         """
         most, a_pass = _most(cap, share, on_host=self.on_host), self._pass_bytes(sizes)
         beside = a_pass * (self._kept_share - 1) / 2
-        return max(int(self.peak(sizes) / MARGIN - beside), most - a_pass)
+        return max(int(self.peak(sizes) / MARGIN - beside), int(most / MARGIN) - a_pass)
 
     def _pass_bytes(self, sizes: Sizes) -> int:
         """Return what a pass of whole tiles holds."""

@@ -145,10 +145,11 @@ def prepare() -> None:
     import torch
 
     from wsi_pipeline import attempt, results
+    from wsi_pipeline.engines import here
     from wsi_pipeline.instances import spool
 
     torch.set_num_threads(1)
     # Drawing is most of the time here, giving memory back much of the rest; neither changes files.
     results.draw_preview = lambda picture, *_, **__: picture[::4, ::4]
-    attempt.release_memory = lambda: None
+    attempt.release_memory = here.release_memory = lambda: None
     spool.HELD_BYTES = 1  # a file beside the table, as for a slide of many objects

@@ -33,7 +33,7 @@ from wsi_pipeline.engines.here import Only, run_slides
 from wsi_pipeline.errors import JobError, WsiPipelineError
 from wsi_pipeline.filling import Predictor
 from wsi_pipeline.job import RunReport, SlideJob
-from wsi_pipeline.machine import use_one_heap
+from wsi_pipeline.machine import use_few_heaps
 from wsi_pipeline.redaction import LogLines
 
 __all__ = ["Child", "Load", "Order", "serve"]
@@ -155,7 +155,7 @@ def serve(descriptor: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    use_one_heap()
+    use_few_heaps()
     parent = _Parent(Connection(descriptor))
     order = parent.order
     handler = logging.StreamHandler(sys.stderr)

@@ -7,6 +7,7 @@ that is made ready.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,7 +105,7 @@ def run_slides(
 
         def begin(job: SlideJob) -> None:
             # What is known of a slide (a hundred megabytes of its maps) ends with this call and
-            # its second half: the next slide must not find it in memory.
+            # its second half: the next slide must not find it in memory, nor in a cycle.
             half = run.first_half(job)
             if half is not None:
                 pending.append(objects.submit(run.second_half, job, *half))
@@ -115,7 +116,8 @@ def run_slides(
                 begin(job)
                 while len(pending) > allowed:
                     pending.popleft().result()
-                    release_memory()
+                run.forget_failed()
+                release_memory()
         for future in pending:
             future.result()
     return [run.reports[name] for name in dict.fromkeys(asked) if name in run.reports]
@@ -137,6 +139,8 @@ class _Run:
     closed: Callable[[], bool]
     ahead: bool | None
     reports: dict[str, RunReport] = field(default_factory=dict)
+    failed: int = 0
+    """Slides that had failed when this was last looked for."""
     busy: dict[SlideJob, SlideBusyError] = field(default_factory=dict)
     waited: dict[SlideJob, str | None] = field(default_factory=dict)
     """Slides that another process was at, and when the try began that had finished them before."""
@@ -171,6 +175,13 @@ class _Run:
         # Its device is of no use to this process any more: the other slides would fail, too.
         lost = getattr(self.predictor, "is_lost", False)
         return failed or lost or self.closed() or self.stop()
+
+    def forget_failed(self) -> None:
+        """Let slides go that failed since the last call: tracebacks hold them, and themselves."""
+        failed = sum(report.error is not None for report in list(self.reports.values()))
+        if failed != self.failed:
+            self.failed = failed
+            gc.collect()
 
     def in_turn(self) -> Iterator[SlideJob]:
         """Yield the jobs that are to be begun; those of other processes once these let go."""
