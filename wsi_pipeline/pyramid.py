@@ -211,11 +211,11 @@ def _coarser(key: str, shape: Shape, chunks: Shape) -> dict[str, tuple[Shape, Sh
 
 def _found(group: zarr.Group, key: str, shape: Shape, chunks: Shape) -> zarr.Array[Any] | None:
     """Return an array that was made before; None where it is absent, another, or torn."""
-    # Asked first: zarr's error for what is absent is held by its own traceback, and with it
-    # whoever asked, which is a store with all its chunks.
-    if key not in group:
-        return None
     try:
+        # Asked first: zarr's error for what is absent is held by its own traceback, and with it
+        # whoever asked, which is a store with all its chunks.
+        if key not in group:
+            return None
         array = _array(group, key)
     except (KeyError, ValueError, TypeError):
         return None
