@@ -543,6 +543,16 @@ def noted_stores(monkeypatch):
     return stores
 
 
+@pytest.fixture
+def uncollected():
+    """Cycles are not looked for: what is in one stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
@@ -555,27 +565,18 @@ def test_slides_that_are_done_are_let_go(slide, tmp_path, monkeypatch, device, e
     stores = noted_stores(monkeypatch)
     jobs = [job(slide, tmp_path, slide_id=name) for name in "abc"]
     predictor = OpenStores(device, stores)
-    gc.collect()
-    gc.disable()  # in no cycle either, which may be looked for late
-    try:
-        run_slides(jobs, predictor, watcher=Watcher(), stop=lambda: False, ahead=False)
-    finally:
-        gc.enable()
+    run_slides(jobs, predictor, watcher=Watcher(), stop=lambda: False, ahead=False)
     for number, names in enumerate(predictor.open):
         assert names in (expected[number], expected[number][-1:])
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_slides_that_failed_are_let_go(slide, tmp_path, monkeypatch):
     stores = noted_stores(monkeypatch)
     jobs = [job(slide, tmp_path, slide_id=name) for name in "abc"]
     predictor = OpenStores("cpu", stores)
     predictor.fail_at = 1
-    gc.collect()
-    gc.disable()
-    try:
-        reports = run_slides(jobs, predictor, watcher=Watcher(), stop=lambda: False)
-    finally:
-        gc.enable()
+    reports = run_slides(jobs, predictor, watcher=Watcher(), stop=lambda: False)
     assert [report.status for report in reports] == ["failed"] * 3
     assert predictor.open == [["a"], ["b"], ["c"]]
 

@@ -36,7 +36,7 @@ from wsi_pipeline.job import (
     versions,
 )
 from wsi_pipeline.lease import Lease, slurm_job
-from wsi_pipeline.machine import peak_rss_mb, release_memory
+from wsi_pipeline.machine import SAID_OF_NO_MEMORY, peak_rss_mb, release_memory
 
 __all__ = ["Attempt", "record", "refuse", "take_lease"]
 
@@ -303,9 +303,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error is one of the many names that libraries have for a lack of memory."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    # torch, oneDNN, C++; and threads, which need memory for their stacks
-    said = ("allocate memory", "not enough memory", "could not create a memory object",
-            "bad_alloc", "start new thread", "launch worker thread", "out of memory")  # fmt: skip
+    # C++; and threads, which need memory for their stacks
+    said = (*SAID_OF_NO_MEMORY, "bad_alloc", "start new thread", "launch worker thread")
     return any(words in str(error) for words in said)
 
 

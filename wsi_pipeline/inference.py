@@ -39,7 +39,7 @@ from wsi_pipeline.errors import JobError, ModelBundleError, OutOfMemoryError
 from wsi_pipeline.feeding import WAITING_BATCHES, Batch, Feeder, WindowReader
 from wsi_pipeline.fixed_images import golden_tiles
 from wsi_pipeline.half import to_half
-from wsi_pipeline.machine import available_cpus, release_memory, resident_bytes
+from wsi_pipeline.machine import SAID_OF_NO_MEMORY, available_cpus, release_memory, resident_bytes
 from wsi_pipeline.memory import CANVASES, Demand, Sizes, fit_sizes
 from wsi_pipeline.spec import HeadSpec, ModelSpec
 from wsi_pipeline.steady import keep_to_one_kernel
@@ -449,8 +449,7 @@ def _demand(spec: ModelSpec, network: nn.Module, device: str, precision: str) ->
 def _is_out_of_memory(error: BaseException) -> bool:
     # On a CPU the allocator of torch, and oneDNN's, raise plain RuntimeErrors; so do CUDA's pinned
     # memory, cuDNN and cuBLAS.
-    said = ("not enough memory", "allocate memory", "could not create a memory object",
-            "out of memory", "ALLOC_FAILED")  # fmt: skip
+    said = (*SAID_OF_NO_MEMORY, "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error) for words in said
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 __all__ = [
+    "SAID_OF_NO_MEMORY",
     "available_cpus",
     "keep_freed_memory",
     "memory_limit",
@@ -24,6 +25,13 @@ __all__ = [
     "use_few_heaps",
 ]
 
+SAID_OF_NO_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "could not create a memory object",
+    "out of memory",
+)
+"""What torch, oneDNN and CUDA say in plain errors when memory is lacking."""
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 """Of ``mallopt`` in glibc's malloc.h."""
 

@@ -31,18 +31,18 @@ from dataclasses import dataclass, replace
 
 from wsi_pipeline.geometry import Box, PixelGrid
 
-__all__ = ["FIT_STEP_PX", "PANEL_PX", "Tile", "TileGrid", "fit_step"]
+__all__ = ["PANEL_PX", "Tile", "TileGrid", "fit_step"]
 
 PANEL_PX = 16384
 """Tiles are walked in columns of this width, so memory does not grow with the slide."""
-FIT_STEP_PX = 128
+_FIT_STEP_PX = 128
 """Sides of fitted windows differ by multiples of this or, in tiles of 2,048 px and more, of an
 eighth of a tile: there are few sizes, each of which has its first time."""
 
 
 def fit_step(tile_px: int) -> int:
     """Return the step of the sides of windows in tiles of a size."""
-    return FIT_STEP_PX * max(1, tile_px // 1024)
+    return _FIT_STEP_PX * max(1, tile_px // 1024)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ class TileGrid:
         panel_px: int = PANEL_PX,
         wanted: Callable[[Box], bool] = lambda _: True,
         extent: Callable[[Box], Box] | None = None,
-        step_px: int = FIT_STEP_PX,
+        step_px: int | None = None,
     ) -> TileGrid:
         """Lay tiles over a grid and keep the wanted ones.
 
@@ -101,8 +101,10 @@ class TileGrid:
             wanted: tells whether a write box holds anything worth computing.
             extent: the part of a wanted write box that is worth computing, not empty; None: the
                 whole tile, so that all windows have one size.
-            step_px: windows are fitted to the extent in steps of this, a multiple of 16.
+            step_px: windows are fitted to the extent in steps of this, a multiple of 16. None:
+                :func:`fit_step`.
         """
+        step_px = fit_step(tile_px) if step_px is None else step_px
         if tile_px < 16 or any(px < 0 or px % 16 for px in (tile_px, halo_px, step_px)):
             msg = f"tile ({tile_px}), halo ({halo_px}), step ({step_px}) must be multiples of 16"
             raise ValueError(msg)

@@ -139,8 +139,8 @@ class _Run:
     closed: Callable[[], bool]
     ahead: bool | None
     reports: dict[str, RunReport] = field(default_factory=dict)
-    failed: int = 0
-    """Slides that had failed when this was last looked for."""
+    has_failed: bool = False
+    """Whether a slide has failed whose memory is not given back."""
     busy: dict[SlideJob, SlideBusyError] = field(default_factory=dict)
     waited: dict[SlideJob, str | None] = field(default_factory=dict)
     """Slides that another process was at, and when the try began that had finished them before."""
@@ -178,9 +178,8 @@ class _Run:
 
     def forget_failed(self) -> None:
         """Let slides go that failed since the last call: tracebacks hold them, and themselves."""
-        failed = sum(report.error is not None for report in list(self.reports.values()))
-        if failed != self.failed:
-            self.failed = failed
+        if self.has_failed:
+            self.has_failed = False
             gc.collect()
 
     def in_turn(self) -> Iterator[SlideJob]:
@@ -377,4 +376,5 @@ class _Run:
 
     def _finish(self, job: SlideJob, report: RunReport, *, skipped: bool = False) -> None:
         self.reports[job.slide_id] = report
+        self.has_failed = self.has_failed or report.error is not None
         self.watcher.finish(job, report, skipped=skipped)
