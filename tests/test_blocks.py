@@ -1,7 +1,11 @@
 """Convolutions that add and rectify in one pass give what the separate steps give."""
 
+from functools import partial
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -14,6 +18,7 @@ from wsi_pipeline.blocks import (
     fold_batch_norms,
     in_strips,
     rectified,
+    stage_margins,
     summed,
 )
 
@@ -131,42 +136,68 @@ def test_only_bf16_without_gradients_is_doubled_by_rows_and_columns(monkeypatch)
     assert enlarged(half, 2).shape == (1, 3, 8, 8)
 
 
-def test_a_margin_is_cut_off_every_scale():
-    maps = [some(1, 2, 64, 32), some(1, 2, 16, 8)]
-    fine, coarse = cropped(maps, 8, (1, 4))
-    assert torch.equal(fine, maps[0][:, :, 8:56, 8:24])
-    assert torch.equal(coarse, maps[1][:, :, 2:14, 2:6])
-    assert cropped(maps, 0, (1, 4))[0] is maps[0]
+def test_a_margin_is_cut_off():
+    fine, coarse = some(1, 2, 64, 32), some(1, 2, 16, 8)
+    assert torch.equal(cropped(fine, 8, 1), fine[:, :, 8:56, 8:24])
+    assert torch.equal(cropped(coarse, 8, 4), coarse[:, :, 2:14, 2:6])
+    assert cropped(fine, 0, 1) is fine
 
 
-@pytest.mark.parametrize("strip_bytes", [1, 4 * 8 * 12 * 20])
-def test_strips_give_the_whole(strip_bytes, monkeypatch):
-    first, second = convolution(8, 8, 3, 1, torch.float32), convolution(8, 8, 3, 1, torch.float32)
-    seen = []
+@given(st.integers(0, 300), st.integers(0, 3), st.integers(1, 4), st.integers(1, 4))
+def test_stages_leave_out_what_no_finer_one_looks_at(margin, first, count, reach):
+    scales = [1 << first + index for index in range(count)]
+    wanted = margin
+    for scale, (begin, cut) in zip(scales, stage_margins(margin, scales, reach=reach), strict=True):
+        assert begin % (2 * scale) == 0  # whole pixels of the coarser map
+        assert begin // scale + cut == wanted // scale
+        assert begin == 0 or cut >= reach
+        assert cut < reach + 2 or begin == 0
+        wanted = begin
 
-    def stage(coarse, fine):
-        seen.append(fine.shape[2])
-        return second(first(enlarged(coarse, 2) + fine).relu())
 
+def joined(coarse, fine):
+    return enlarged(coarse, 2) + fine
+
+
+@pytest.mark.parametrize("cut", [0, 3])
+@pytest.mark.parametrize("strip_bytes", [1, 8 * 12 * 4 * 20])
+def test_strips_give_the_whole(strip_bytes, cut, monkeypatch):
+    first, second = convolution(8, 8, 3, 1, torch.float32), convolution(8, 4, 3, 1, torch.float32)
+    rows = [[], []]
+
+    def step(number, x):
+        rows[number].append(x.shape[2])
+        return (first, second)[number](x).relu()
+
+    steps = [(partial(step, 0), 1), (partial(step, 1), 1), (torch.neg, 0)]
     coarse, fine = some(1, 8, 35, 6), some(1, 8, 70, 12, seed=1)
     with torch.inference_mode():
-        whole = stage(coarse, fine)
+        whole = -second(first(joined(coarse, fine)).relu()).relu()
         monkeypatch.setattr(blocks, "_STRIP_BYTES", strip_bytes)
-        seen.clear()
-        strips = in_strips(stage, coarse, fine)
-    assert len(seen) > 2
-    assert max(seen) < 70
-    torch.testing.assert_close(strips, whole, atol=1e-6, rtol=1e-5)
+        strips = in_strips(joined, steps, coarse, fine, cut=cut)
+    height = 70 - 2 * cut
+    assert len(rows[0]) == len(rows[1]) == -(-height // (20 if strip_bytes > 1 else 16))
+    # No step is given more rows than the next one looks at.
+    assert sum(rows[1]) <= height + 2 * len(rows[1])
+    assert sum(rows[0]) <= height + 4 * len(rows[0])
+    wanted = whole[:, :, cut : 70 - cut, cut : 12 - cut]
+    torch.testing.assert_close(strips, wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_what_learns_is_not_cut_into_strips(monkeypatch):
     monkeypatch.setattr(blocks, "_STRIP_BYTES", 1)
     seen = []
-    in_strips(lambda c, f: seen.append(f.shape[2]), some(1, 8, 35, 6), some(1, 8, 70, 12))
+
+    def join(coarse, fine):
+        seen.append(fine.shape[2])
+        return fine
+
+    found = in_strips(join, [(torch.neg, 0)], some(1, 8, 35, 6), some(1, 8, 70, 12), cut=1)
     assert seen == [70]
+    assert found.shape == (1, 8, 68, 10)
 
 
 def test_a_head_without_samples_has_nothing_to_cut():
     with torch.inference_mode():
-        found = in_strips(lambda c, f: enlarged(c, 2) + f, some(0, 8, 4, 4), some(0, 8, 8, 8))
+        found = in_strips(joined, [(torch.neg, 0)], some(0, 8, 4, 4), some(0, 8, 8, 8))
     assert found.shape == (0, 8, 8, 8)

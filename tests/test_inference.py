@@ -147,7 +147,7 @@ def test_what_decoders_do_not_see_changes_nothing(slide, tmp_path):
     torch.manual_seed(0)
     bundle = save_bundle(tmp_path / "wide", spec, build_network(spec).eval(), card="test")
     cropping, whole = load(bundle), load(bundle)
-    assert cropping.margin_px == 48
+    assert cropping.margin_px == 95  # one pixel, and one logit, more than nothing
     whole.margin_px = 0
     tiles, found = predict(cropping, slide)
     _, wanted = predict(whole, slide)
@@ -305,11 +305,11 @@ def test_out_of_memory_cuts_a_tile_into_pieces_that_are_as_right(bundle, slide, 
     predictor = load(bundle, tile_size=128)
     network, widths = predictor._network, []
 
-    def limited(x_BCHW):
+    def limited(x_BCHW, **how):
         widths.append(x_BCHW.shape[-1])
         if x_BCHW.shape[-1] > 128:
             raise error
-        return network(x_BCHW)
+        return network(x_BCHW, **how)
 
     monkeypatch.setattr(predictor, "_network", limited)
     told = []
@@ -422,7 +422,7 @@ def test_the_next_slide_is_told_of_pieces_too(bundle, slide):
 def test_other_errors_of_the_network_are_not_mistaken(bundle, slide, monkeypatch):
     predictor = load(bundle)
 
-    def wrong(_):
+    def wrong(_, **_how):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(predictor, "_network", wrong)

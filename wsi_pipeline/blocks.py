@@ -30,12 +30,13 @@ __all__ = [
     "in_strips",
     "initialise",
     "rectified",
+    "stage_margins",
     "summed",
 ]
 
 INPUT_MULTIPLE = 16
 """Height and width of an input are multiples of this: the total stride of the encoders."""
-_STRIP_BYTES = 8 << 20
+_STRIP_BYTES = 16 << 20
 """Of one map in a strip: what is computed from it next finds it in the cache."""
 _MOST_ENLARGED = (1 << 31) - 2
 """Elements of the largest map that CUDA's interpolation of channels-last maps makes."""
@@ -272,53 +273,86 @@ def _blend(x: Tensor, before: Tensor, after: Tensor, *, axis: int) -> None:
     after.select(axis, count - 1).copy_(x.select(axis, count - 1))
 
 
-def cropped(maps: Sequence[Tensor], margin: int, scales: Sequence[int]) -> list[Tensor]:
-    """Cut a margin off maps of several scales.
+def cropped(map_BCHW: Tensor, margin: int, scale: int) -> Tensor:
+    """Cut a margin off a map.
 
     Args:
-        maps: ``(B, C, H / scale, W / scale)``.
-        margin: input pixels on every side, a multiple of all scales.
-        scales: input pixels that a pixel of each map spans.
+        map_BCHW: ``(B, C, H / scale, W / scale)``.
+        margin: input pixels on every side, a multiple of the scale.
+        scale: input pixels that a pixel of the map spans.
     """
     if not margin:
-        return list(maps)
-    views = []
-    for map_BCHW, scale in zip(maps, scales, strict=True):
-        cut, (height, width) = margin // scale, map_BCHW.shape[-2:]
-        views.append(map_BCHW[:, :, cut : height - cut, cut : width - cut])
-    return views
+        return map_BCHW
+    cut, (height, width) = margin // scale, map_BCHW.shape[-2:]
+    return map_BCHW[:, :, cut : height - cut, cut : width - cut]
+
+
+def stage_margins(margin: int, scales: Sequence[int], *, reach: int) -> list[tuple[int, int]]:
+    """Return what each stage of a decoder, from the finest on, leaves out of its maps.
+
+    A stage doubles a coarser map, adds one of its own scale and convolves the sum. Near the border
+    of what it is given its result is another than it would be on a larger map.
+
+    Args:
+        margin: input pixels on every side of which no result of the finest stage is wanted.
+        scales: of the stages, the finest first: input pixels that a pixel of a map spans.
+        reach: pixels by which a stage's result depends on its border.
+
+    Returns:
+        For each stage the input pixels on every side of which it needs no maps, whole pixels of
+        the coarser map, and the pixels of its result's border that nobody looks at.
+    """
+    margins = []
+    for scale in scales:
+        begin = max(0, (margin - reach * scale) // (2 * scale) * 2 * scale)
+        margins.append((begin, margin // scale - begin // scale))
+        margin = begin
+    return margins
 
 
 def in_strips(
-    stage: Callable[[Tensor, Tensor], Tensor], coarse_BCHW: Tensor, fine_BCHW: Tensor
+    join: Callable[[Tensor, Tensor], Tensor],
+    steps: Sequence[tuple[Callable[[Tensor], Tensor], int]],
+    coarse_BCHW: Tensor,
+    fine_BCHW: Tensor,
+    *,
+    cut: int = 0,
 ) -> Tensor:
-    """Compute ``stage(coarse, fine)``; on a CPU strip by strip, so that maps stay in its cache.
+    """Join two maps and take steps from there; on a CPU in strips, so that they stay in its cache.
 
     The result is the same (up to how sums of its size are rounded) and the whole map, the
-    largest there is, is never in memory.
+    largest there is, is never in memory. No row is computed that the next step does not look at.
 
     Args:
-        stage: doubles the coarse map, adds the fine one and looks at most two rows up and down.
+        join: doubles the coarse map and adds the fine one.
+        steps: what is done with their sum, in turn, and how many rows up and down each looks.
         coarse_BCHW: ``(B, C, H / 2, W / 2)``.
         fine_BCHW: ``(B, C', H, W)``.
+        cut: pixels on every side that are not wanted.
 
     Returns:
-        What the stage does, ``(B, C'', H, W)``.
+        What the last step does, ``(B, C'', H - 2 cut, W - 2 cut)``.
     """
-    if not _is_inference(fine_BCHW) or not fine_BCHW.numel():
-        return stage(coarse_BCHW, fine_BCHW)
     height = fine_BCHW.shape[2]
-    row_bytes = fine_BCHW[:, :, 0].numel() * fine_BCHW.element_size()
-    rows = max(16, _STRIP_BYTES // row_bytes // 2 * 2)
-    if rows >= height:
-        return stage(coarse_BCHW, fine_BCHW)
+    rows = height
+    if _is_inference(fine_BCHW) and fine_BCHW.numel():
+        row_bytes = fine_BCHW[:, :, 0].numel() * fine_BCHW.element_size()
+        rows = max(16, _STRIP_BYTES // row_bytes)
     strips = []
-    for top in range(0, height, rows):
-        # Two rows for the stage, one for the interpolation, and an even number.
-        first, last = max(0, top - 4), min(height, top + rows + 4)
-        strip = stage(coarse_BCHW[:, :, first // 2 : last // 2], fine_BCHW[:, :, first:last])
-        strips.append(strip[:, :, top - first : top - first + rows])
-    return torch.cat(strips, 2)
+    for top in range(cut, height - cut, rows):
+        bottom = min(top + rows, height - cut)
+        reach = sum(looks for _, looks in steps)
+        # One row more for the interpolation, from an even one on.
+        first = max(0, top - reach - 1) // 2 * 2
+        last = min(height, bottom + reach + 2) // 2 * 2
+        x_BCHW = join(coarse_BCHW[:, :, first // 2 : last // 2], fine_BCHW[:, :, first:last])
+        for step, looks in steps:
+            begin, end = max(0, top - reach), min(height, bottom + reach)
+            x_BCHW = step(x_BCHW[:, :, begin - first : end - first])
+            first, reach = begin, reach - looks
+        strips.append(x_BCHW[:, :, top - first : bottom - first])
+    whole_BCHW = torch.cat(strips, 2) if len(strips) > 1 else strips[0]
+    return whole_BCHW[:, :, :, cut : whole_BCHW.shape[3] - cut]
 
 
 def _is_inference(x: Tensor) -> bool:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_pipeline.blocks import INPUT_MULTIPLE, cropped, enlarged, fold_batch_norms
+from wsi_pipeline.blocks import cropped, enlarged, fold_batch_norms
 from wsi_pipeline.bundle import ModelBundle
 from wsi_pipeline.device import (
     DTYPES,
@@ -52,6 +52,9 @@ log = logging.getLogger(__name__)
 
 _LEAST_PIECE_PX = 64
 """Smaller pieces of a tile would be nearly all halo."""
+_CPU_TILES = {"cerberus": 1536}
+"""By architecture: larger tiles than 1,024 px, of which less is halo, where a pixel takes so long
+that this counts for more than a later first block."""
 
 
 class TorchPredictor:
@@ -111,9 +114,10 @@ class TorchPredictor:
         # Nothing binds windows to one size: no batch, and no network that looks at all of them.
         self._is_local = not getattr(network, "sees_whole_input", False)
         self.is_fitting = self._at_once == 1 and self._is_local
-        # What lies further out only the encoder has to see.
-        decoder_halo_px = getattr(network, "decoder_halo_px", halo_px)
-        self.margin_px = max(0, halo_px - decoder_halo_px) // INPUT_MULTIPLE * INPUT_MULTIPLE
+        # Of the halo no logits are wanted, but for the next one beyond the box where they are
+        # enlarged.
+        takes_margin = getattr(network, "takes_margin", False)
+        self.margin_px = max(0, halo_px - 1) if takes_margin else 0
         # Side of the pieces in which a tile is computed; out-of-memory halves this, too.
         self._piece_px = tile_px
         fold_batch_norms(network)
@@ -145,8 +149,8 @@ class TorchPredictor:
             device: ``auto`` (cuda, else mps, else cpu), ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
             precision: ``auto``, ``fp32``, ``bf16``, ``fp16``, ``int8``. Auto: for
                 networks of convolutions half precision, see :func:`choose_precision`; else fp32.
-            tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA,
-                else 1024, less where ``memory`` asks for it.
+            tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA, else
+                1536 for ``cerberus`` and 1024 for others, less where ``memory`` asks for it.
             batch_size: tiles a pass. Auto: 1, so that windows are as small as the tissue in
                 them; one tile keeps a device busy, and larger batches are of whole tiles.
             workers: threads that decode the slide, and that extract objects.
@@ -159,8 +163,9 @@ class TorchPredictor:
         """
         device = choose_device(device)
         precision = choose_precision(precision, device, architecture=bundle.spec.architecture)
+        suits = _CPU_TILES.get(bundle.spec.architecture, 1024)
         tile_px = _positive(
-            "tile size", tile_size, auto=2048 if device.startswith("cuda") else 1024
+            "tile size", tile_size, auto=2048 if device.startswith("cuda") else suits
         )
         strides = [head.stride for head in bundle.spec.heads]
         if tile_px % 16 or any(tile_px % stride for stride in strides):
@@ -371,25 +376,24 @@ class TorchPredictor:
         how = {"margin": self.margin_px} if self.margin_px else {}
         logits = self._network(x_BCHW, **how)
         maps: dict[str, Tensor] = {}
-        width = x_BCHW.shape[-1] - 2 * self.margin_px
         for head in self.spec.heads:
-            maps |= self._maps(head, logits[head.name], width)
+            maps |= self._maps(head, logits[head.name], x_BCHW.shape[-1])
         return maps
 
     def _maps(self, head: HeadSpec, logits_BCHW: Tensor, width: int) -> dict[str, Tensor]:
-        """Make the maps of a head from logits that cover a window ``width`` pixels wide."""
-        around = self.halo_px - self.margin_px  # pixels of context that are still there
-        scale = width // logits_BCHW.shape[-1]
+        """Make the maps of a head from what it says of a window ``width`` pixels wide."""
+        scale = self._scale_of(logits_BCHW.shape[-1], width)
+        around = self.halo_px - self.margin_px // scale * scale  # what is still there of the halo
         if scale > head.stride and scale % head.stride == 0:
             # Interpolation needs one logit beyond the box.
             beyond = min(around, scale)
-            (logits_BCHW,) = cropped([logits_BCHW], around - beyond, [scale])
+            logits_BCHW = cropped(logits_BCHW, around - beyond, scale)
             logits_BCHW = enlarged(logits_BCHW, scale // head.stride)
             around, scale = beyond, head.stride
         if head.stride % scale or around % scale:
             msg = f"head {head.name!r}: stride {head.stride} on logits of scale {scale}"
             raise ModelBundleError(msg)
-        (kept_BCHW,) = cropped([logits_BCHW], around, [scale])
+        kept_BCHW = cropped(logits_BCHW, around, scale)
         kept_BCHW = kept_BCHW.to(torch.float32, memory_format=torch.channels_last)
         prob_BCHW = kept_BCHW  # the largest logit is the largest probability
         if head.prob_channels or head.stride > scale:
@@ -408,6 +412,13 @@ class TorchPredictor:
                 prob_BCHW[:, first:].mul(255).add(0.5).to(torch.uint8).contiguous()
             )
         return maps
+
+    def _scale_of(self, logits: int, width: int) -> int:
+        """Return how many pixels a logit spans, where so many cover a window without its margin."""
+        scale = 1
+        while logits * scale < width - 2 * (self.margin_px // scale * scale):
+            scale *= 2
+        return scale
 
     def _collect(
         self, batch: Batch, maps: dict[str, Tensor], span: DeviceSpan | None

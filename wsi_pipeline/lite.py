@@ -16,6 +16,7 @@ glands at a quarter; whoever uses the logits enlarges them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from wsi_pipeline.blocks import (
     enlarged,
     in_strips,
     initialise,
+    stage_margins,
     summed,
 )
 from wsi_pipeline.errors import ModelBundleError
@@ -80,8 +82,8 @@ class CerberusLite(nn.Module):
             logits = self.heads[head.name].get_submodule("logits")
             begin_undecided(logits, few=head.kind == "detect")
 
-    decoder_halo_px = 48
-    """Input pixels around a logit that a decoder looks at in the encoder's maps: 45 at most."""
+    takes_margin = True
+    """Whether :meth:`forward` can be told which logits nobody wants."""
 
     def forward(
         self, x_BCHW: Tensor, rows: Mapping[str, Tensor] | None = None, *, margin: int = 0
@@ -92,14 +94,15 @@ class CerberusLite(nn.Module):
             x_BCHW: ``(B, 3, H, W)`` floats 0..255, RGB.
             rows: for each wanted head, ``(n,)`` int64 indices of the samples it is computed
                 for. None: every head for every sample.
-            margin: input pixels on every side, a multiple of 16, that only the encoder sees.
-                The logits of those further than :attr:`decoder_halo_px` from them are the same.
+            margin: input pixels on every side of which no logits are wanted: the encoder sees
+                them, the decoders only as far as they look (45 px at most).
 
         Returns:
-            ``(n, C, H / scale, W / scale)`` logits a head, without the margin.
+            ``(n, C, H / scale, W / scale)`` logits a head, without the margin, or as much of it
+            as are whole logits.
         """
         check_input(x_BCHW)
-        maps = cropped(self.encoder(self.shares(x_BCHW)), margin, SCALES)
+        maps = self.encoder(self.shares(x_BCHW))
         logits = {}
         for name, head in self.heads.items():
             if rows is not None and name not in rows:
@@ -107,7 +110,7 @@ class CerberusLite(nn.Module):
             inputs = maps
             if rows is not None and len(rows[name]) < len(x_BCHW):
                 inputs = [map_BCHW[rows[name]] for map_BCHW in maps]
-            logits[name] = head(inputs)
+            logits[name] = head(inputs, margin=margin)
         return logits
 
 
@@ -150,23 +153,32 @@ class _Decoder(nn.Module):
         )
         self.logits = Logits(decoder[0], channels, 1)
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        finest, *coarser = zip(self.project, self.units, maps[-len(self.project) :], strict=True)
+    def forward(self, maps: Sequence[Tensor], *, margin: int = 0) -> Tensor:
+        count = len(self.project)
+        scales, maps = SCALES[-count:], maps[-count:]
+        # A stage sees a pixel around its result for the doubling and one for its convolution.
+        margins = stage_margins(margin, scales, reach=2)
+        steps: list[list[tuple[nn.Module, int]]] = [[(unit, 1)] for unit in self.units]
+        steps[0].append((self.logits, 0))
         x_BCHW: Tensor | None = None
-        for project, unit, map_BCHW in reversed(coarser):
+        for level in reversed(range(count)):
+            (begin, cut), project, scale = margins[level], self.project[level], scales[level]
+            map_BCHW = cropped(maps[level], begin, scale)
             if x_BCHW is None:
-                x_BCHW = unit(project(map_BCHW))
+                x_BCHW = project(map_BCHW)
+                for step, _ in steps[level]:
+                    x_BCHW = step(x_BCHW)
+                x_BCHW = cropped(x_BCHW, cut * scale, scale)
             else:
-                x_BCHW = unit(summed(project, map_BCHW, enlarged(x_BCHW, 2)))
-        project, unit, map_BCHW = finest
-        if x_BCHW is None:
-            logits_BCHW: Tensor = self.logits(unit(project(map_BCHW)))
-            return logits_BCHW
-        return in_strips(
-            lambda coarse, fine: self.logits(unit(summed(project, fine, enlarged(coarse, 2)))),
-            x_BCHW,
-            map_BCHW,
-        )
+                join = partial(_joined, project)
+                x_BCHW = in_strips(join, steps[level], x_BCHW, map_BCHW, cut=cut)
+        assert x_BCHW is not None
+        return x_BCHW
+
+
+def _joined(project: nn.Module, coarse_BCHW: Tensor, fine_BCHW: Tensor) -> Tensor:
+    """Return a coarse map at twice its size plus the projection of a fine one."""
+    return summed(project, fine_BCHW, enlarged(coarse_BCHW, 2))
 
 
 def _check_heads(heads: Sequence[HeadSpec], scales: Mapping[str, int]) -> None:

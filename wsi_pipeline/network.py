@@ -49,6 +49,7 @@ from wsi_pipeline.blocks import (
     cropped,
     in_strips,
     initialise,
+    stage_margins,
 )
 from wsi_pipeline.comparison import SegNet, UNet
 from wsi_pipeline.errors import ModelBundleError
@@ -152,9 +153,8 @@ class Cerberus(nn.Module):
             last = "conv2" if head.kind == "patch" else "output.logits"
             begin_undecided(self.heads[head.name].get_submodule(last), few=head.kind == "detect")
 
-    decoder_halo_px = 48
-    """Input pixels around a logit that a decoder looks at in the encoder's maps: 45, see
-    :meth:`forward`."""
+    takes_margin = True
+    """Whether :meth:`forward` can be told which logits nobody wants."""
 
     def forward(
         self, x_BCHW: Tensor, rows: Mapping[str, Tensor] | None = None, *, margin: int = 0
@@ -165,28 +165,24 @@ class Cerberus(nn.Module):
             x_BCHW: ``(B, 3, H, W)`` floats 0..255, RGB.
             rows: for each wanted head, ``(n,)`` int64 indices of the samples it is computed
                 for. None: every head for every sample.
-            margin: input pixels on every side, a multiple of 16, that only the encoder sees.
-                The logits of those further than :attr:`decoder_halo_px` from them are the same.
+            margin: input pixels on every side of which no logits are wanted: the encoder sees
+                them, the decoders only as far as they look (45 px).
 
         Returns:
             ``(n, C, H, W)`` logits a segmentation head, ``(n, C, H/16, W/16)`` a patch head,
-            both without the margin.
+            both without the margin, or as much of it as are whole logits.
         """
         check_input(x_BCHW)
-        maps = self.encoder(self.shares(x_BCHW))
-        *skips, inner = cropped(maps, margin, SCALES)
+        *skips, inner = self.encoder(self.shares(x_BCHW))
         wanted = {n: head for n, head in self.heads.items() if rows is None or n in rows}
         patches = [isinstance(head, _PatchHead) for head in wanted.values()]
         mapped = inner if all(patches) else self.project(inner)
         logits = {}
         for name, head in wanted.items():
-            is_patch = isinstance(head, _PatchHead)
-            inputs = [maps[-1]] if is_patch else [mapped, *skips]
+            inputs = [inner] if isinstance(head, _PatchHead) else [mapped, *skips]
             if rows is not None and len(rows[name]) < len(x_BCHW):
                 inputs = [map_BCHW[rows[name]] for map_BCHW in inputs]
-            logits[name] = head(*inputs)
-            if is_patch:  # its mean reaches further than a decoder
-                (logits[name],) = cropped([logits[name]], margin, SCALES[-1:])
+            logits[name] = head(*inputs, margin=margin)
         return logits
 
 
@@ -231,16 +227,17 @@ class _SegmentationHead(nn.Module):
             OrderedDict(hidden=hidden, logits=Logits(head_width, channels, 1))
         )
 
-    def forward(self, mapped_BCHW: Tensor, *skips: Tensor) -> Tensor:
-        finest, *others = skips
-        *stages, last = self.stages
-        *joints, last_joint = self.joints
-        x_BCHW = mapped_BCHW
-        for joint, stage, skip_BCHW in zip(joints, stages, reversed(others), strict=True):
-            x_BCHW = stage(joint(x_BCHW, skip_BCHW))
-        return in_strips(
-            lambda coarse, fine: self.output(last(last_joint(coarse, fine))), x_BCHW, finest
-        )
+    def forward(self, mapped_BCHW: Tensor, *skips: Tensor, margin: int) -> Tensor:
+        # A stage sees a pixel around its result for the doubling and one for each convolution.
+        margins = stage_margins(margin, SCALES[:-1], reach=3)
+        steps = [[(unit, 1) for unit in stage.children()] for stage in self.stages]
+        steps[-1].append((self.output, 0))
+        x_BCHW = cropped(mapped_BCHW, margins[-1][0], SCALES[-1])
+        levels = zip(SCALES, skips, margins, strict=False)
+        for level, joint, taken in zip(reversed(list(levels)), self.joints, steps, strict=True):
+            scale, skip_BCHW, (begin, cut) = level
+            x_BCHW = in_strips(joint, taken, x_BCHW, cropped(skip_BCHW, begin, scale), cut=cut)
+        return x_BCHW
 
 
 class _PatchHead(nn.Module):
@@ -259,10 +256,10 @@ class _PatchHead(nn.Module):
         self.norm2 = nn.BatchNorm2d(hidden)
         self.conv2 = Logits(hidden, channels, 1)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, *, margin: int = 0) -> Tensor:
         x_BCHW = functional.avg_pool2d(
             x_BCHW, PATCH_CELLS, stride=1, padding=PATCH_CELLS // 2, count_include_pad=False
         )
         x_BCHW = self.dropout(functional.relu(self.norm1(x_BCHW)))
         logits_BCHW: Tensor = self.conv2(functional.relu(self.norm2(self.conv1(x_BCHW))))
-        return logits_BCHW
+        return cropped(logits_BCHW, margin // SCALES[-1] * SCALES[-1], SCALES[-1])
