@@ -1,7 +1,7 @@
 """What each means of computing the network on a CPU is worth, one left out at a time.
 
     python -m benchmarks.network_ledger [--networks cerberus-lite cerberus] [--tiles 4]
-        [--precisions bf16 fp32] [--rounds 3]
+        [--precisions bf16 fp32] [--rounds 3] [--tile-size 1024]
 
 Every variant runs in a process of its own (freed memory, once kept, is kept for good), round by
 round: two tiles that are not counted, then some that are. Windows are noise in memory, so nothing
@@ -19,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu import make_bundle, run
-from wsi_pipeline import blocks
+from wsi_pipeline import blocks, lite
+from wsi_pipeline import network as networks
 from wsi_pipeline.bundle import find_bundle
 from wsi_pipeline.inference import TorchPredictor
 from wsi_pipeline.machine import keep_freed_memory, peak_rss_mb
@@ -32,6 +34,7 @@ from wsi_pipeline.machine import keep_freed_memory, peak_rss_mb
 VARIANTS = (
     "all",
     "decoders see the whole halo",
+    "every stage of a decoder sees 48 px",
     "maps as a whole, no strips",
     "doubled by torch's interpolate",
     "freed memory goes back to the system",
@@ -42,7 +45,9 @@ VARIANTS = (
 WIDTHS = [64, 128, 256, 512]
 
 
-def measure(network: str, precision: str, variant: str, tiles: int) -> dict[str, float]:
+def measure(
+    network: str, precision: str, variant: str, tiles: int, tile_size: int
+) -> dict[str, float]:
     """Predict some tiles in this process without one of the means."""
     without = set(VARIANTS[1:-2]) if variant == "none of these" else {variant}
     if "freed memory goes back to the system" not in without:
@@ -55,10 +60,15 @@ def measure(network: str, precision: str, variant: str, tiles: int) -> dict[str,
         )
     if "convolutions do not add and rectify" in without:
         blocks._ONEDNN = False
+    if "every stage of a decoder sees 48 px" in without:
+        for module in (networks, lite):
+            setattr(module, "stage_margins", same_for_all)  # noqa: B010
     with tempfile.TemporaryDirectory() as folder:
         full = network == "cerberus"
         bundle = make_bundle(Path(folder), WIDTHS) if full else find_bundle(network)
-        predictor = TorchPredictor.load(bundle, device="cpu", precision=precision, tile_size=1024)
+        predictor = TorchPredictor.load(
+            bundle, device="cpu", precision=precision, tile_size=tile_size
+        )
         if "decoders see the whole halo" in without:
             predictor.margin_px = 0
         if "torch.compile in their place" in without:
@@ -71,13 +81,25 @@ def measure(network: str, precision: str, variant: str, tiles: int) -> dict[str,
     return {"seconds_a_tile": seconds, "peak_rss_mb": peak_rss_mb()}
 
 
-def compare(network: str, precision: str, tiles: int, rounds: int) -> dict[str, dict[str, float]]:
+def same_for_all(margin: int, scales: Sequence[int], *, reach: int) -> list[tuple[int, int]]:
+    """Stand in for ``blocks.stage_margins``: all stages are given what the coarsest looks at."""
+    del reach
+    step = 2 * scales[-1]
+    begin = max(0, (margin - 48) // step * step)
+    cut = margin // scales[0] - begin // scales[0]
+    return [(begin, cut), *((begin, 0) for _ in scales[1:])]
+
+
+def compare(
+    network: str, precision: str, tiles: int, rounds: int, tile_size: int
+) -> dict[str, dict[str, float]]:
     """Measure all variants in turn, each in a fresh process."""
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant, rows in found.items():
             command = [sys.executable, "-m", "benchmarks.network_ledger", "--tiles", str(tiles)]
             command += ["--networks", network, "--precisions", precision, "--variant", variant]
+            command += ["--tile-size", str(tile_size)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append(json.loads(done.stdout))
             print(network, precision, variant, rows[-1], file=sys.stderr, flush=True)
@@ -103,13 +125,16 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--tiles", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tile-size", type=int, default=1024)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant:
-        result: object = measure(args.networks[0], args.precisions[0], args.variant, args.tiles)
+        one = args.networks[0], args.precisions[0], args.variant
+        result: object = measure(*one, args.tiles, args.tile_size)
     else:
+        how = args.tiles, args.rounds, args.tile_size
         result = {
-            f"{network} {precision}": compare(network, precision, args.tiles, args.rounds)
+            f"{network} {precision}": compare(network, precision, *how)
             for network in args.networks
             for precision in args.precisions
         }

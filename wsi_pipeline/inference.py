@@ -52,9 +52,6 @@ log = logging.getLogger(__name__)
 
 _LEAST_PIECE_PX = 64
 """Smaller pieces of a tile would be nearly all halo."""
-_CPU_TILES = {"cerberus": 1536}
-"""By architecture: larger tiles than 1,024 px, of which less is halo, where a pixel takes so long
-that this counts for more than a later first block."""
 
 
 class TorchPredictor:
@@ -149,8 +146,8 @@ class TorchPredictor:
             device: ``auto`` (cuda, else mps, else cpu), ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
             precision: ``auto``, ``fp32``, ``bf16``, ``fp16``, ``int8``. Auto: for
                 networks of convolutions half precision, see :func:`choose_precision`; else fp32.
-            tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA, else
-                1536 for ``cerberus`` and 1024 for others, less where ``memory`` asks for it.
+            tile_size: side of a write box in pixels, multiple of 16. Auto: 2048 on CUDA,
+                else 1024, less where ``memory`` asks for it.
             batch_size: tiles a pass. Auto: 1, so that windows are as small as the tissue in
                 them; one tile keeps a device busy, and larger batches are of whole tiles.
             workers: threads that decode the slide, and that extract objects.
@@ -163,9 +160,8 @@ class TorchPredictor:
         """
         device = choose_device(device)
         precision = choose_precision(precision, device, architecture=bundle.spec.architecture)
-        suits = _CPU_TILES.get(bundle.spec.architecture, 1024)
         tile_px = _positive(
-            "tile size", tile_size, auto=2048 if device.startswith("cuda") else suits
+            "tile size", tile_size, auto=2048 if device.startswith("cuda") else 1024
         )
         strides = [head.stride for head in bundle.spec.heads]
         if tile_px % 16 or any(tile_px % stride for stride in strides):

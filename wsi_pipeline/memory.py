@@ -52,7 +52,7 @@ HALVES = 8 * MIB
 """Of each map at most: halved chunks that wait for their neighbours in its pyramid."""
 BLOCKS = 4
 """Blocks of maps at once: being made, two waiting, being written."""
-SMALLER_TILES = (1280, 1024, 768, 512, 256)
+SMALLER_TILES = (768, 512, 256)
 """Sides tried where the preferred one is too large."""
 RANGES = 288 * MIB
 """What drawing the fixed images and a float32 pass over them hold before a network is in 8 bits."""
