@@ -292,6 +292,7 @@ def test_a_fresh_detect_head_expects_few_objects():
 
 def test_maps_of_a_detect_head_are_sigmoids(bundle):
     predictor = TorchPredictor.load(bundle, device="cpu", precision="fp32", tile_size=64)
+    predictor.margin_px = 0
     logits = torch.randn(2, 3, 96, 96) * 3
     (maps,) = predictor._maps(SPEC.head("ring"), logits, 96).values()
     p = 1 / (1 + np.exp(-logits.double().numpy()[..., 16:80, 16:80]))
