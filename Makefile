@@ -32,9 +32,8 @@ types: $(VENV)/.installed-dev
 floors: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
-# Three workers on two processors: one of them often waits, for Slurm or for processes it has killed.
 suite: $(VENV)/.installed-dev $(VENV)/snakemake/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Builds the image and runs the demo in it, not as root; see the script for what it needs.
 container:
