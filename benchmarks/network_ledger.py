@@ -84,8 +84,7 @@ def measure(
 def same_for_all(margin: int, scales: Sequence[int], *, reach: int) -> list[tuple[int, int]]:
     """Stand in for ``blocks.stage_margins``: all stages are given what the coarsest looks at."""
     del reach
-    step = 2 * scales[-1]
-    begin = max(0, (margin - 48) // step * step)
+    begin = max(0, (margin + 1 - 48) // 16 * 16)  # the predictor leaves one pixel of its halo
     cut = margin // scales[0] - begin // scales[0]
     return [(begin, cut), *((begin, 0) for _ in scales[1:])]
 

@@ -111,8 +111,8 @@ class TorchPredictor:
         # Nothing binds windows to one size: no batch, and no network that looks at all of them.
         self._is_local = not getattr(network, "sees_whole_input", False)
         self.is_fitting = self._at_once == 1 and self._is_local
-        # Of the halo no logits are wanted, but for the next one beyond the box where they are
-        # enlarged.
+        # No logits are wanted of all but one pixel of the halo: rounded down to whole logits, that
+        # leaves one beyond the box at every scale.
         takes_margin = getattr(network, "takes_margin", False)
         self.margin_px = max(0, halo_px - 1) if takes_margin else 0
         # Side of the pieces in which a tile is computed; out-of-memory halves this, too.
@@ -410,11 +410,10 @@ class TorchPredictor:
         return maps
 
     def _scale_of(self, logits: int, width: int) -> int:
-        """Return how many pixels a logit spans, where so many cover a window without its margin."""
-        scale = 1
-        while logits * scale < width - 2 * (self.margin_px // scale * scale):
-            scale *= 2
-        return scale
+        """Return how many pixels one of the logits across a window of some width spans."""
+        if not self.margin_px:
+            return width // logits
+        return (width - 2 * self.halo_px) // (logits - 2)  # one beyond the box on every side
 
     def _collect(
         self, batch: Batch, maps: dict[str, Tensor], span: DeviceSpan | None

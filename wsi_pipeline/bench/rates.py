@@ -58,7 +58,7 @@ def dense_flops(spec: ModelSpec, sizes: Iterable[tuple[int, int]], *, margin_px:
     Args:
         spec: of the network.
         sizes: width and height of each window.
-        margin_px: what of it on every side only the encoder sees.
+        margin_px: what of it on every side no logits are wanted of.
     """
     how = {"margin": margin_px} if margin_px else {}
     total = 0
