@@ -278,10 +278,10 @@ def cropped(map_BCHW: Tensor, margin: int, scale: int) -> Tensor:
 
     Args:
         map_BCHW: ``(B, C, H / scale, W / scale)``.
-        margin: input pixels on every side, a multiple of the scale.
+        margin: input pixels on every side; what is no whole pixel of the map stays.
         scale: input pixels that a pixel of the map spans.
     """
-    if not margin:
+    if margin < scale:
         return map_BCHW
     cut, (height, width) = margin // scale, map_BCHW.shape[-2:]
     return map_BCHW[:, :, cut : height - cut, cut : width - cut]
@@ -333,7 +333,7 @@ def in_strips(
     Returns:
         What the last step does, ``(B, C'', H - 2 cut, W - 2 cut)``.
     """
-    height = fine_BCHW.shape[2]
+    height, width = fine_BCHW.shape[2:]
     rows = height
     if _is_inference(fine_BCHW) and fine_BCHW.numel():
         row_bytes = fine_BCHW[:, :, 0].numel() * fine_BCHW.element_size()
@@ -350,9 +350,8 @@ def in_strips(
             begin, end = max(0, top - reach), min(height, bottom + reach)
             x_BCHW = step(x_BCHW[:, :, begin - first : end - first])
             first, reach = begin, reach - looks
-        strips.append(x_BCHW[:, :, top - first : bottom - first])
-    whole_BCHW = torch.cat(strips, 2) if len(strips) > 1 else strips[0]
-    return whole_BCHW[:, :, :, cut : whole_BCHW.shape[3] - cut]
+        strips.append(x_BCHW[:, :, top - first : bottom - first, cut : width - cut])
+    return torch.cat(strips, 2) if len(strips) > 1 else strips[0]
 
 
 def _is_inference(x: Tensor) -> bool:

@@ -160,19 +160,18 @@ class _Decoder(nn.Module):
         margins = stage_margins(margin, scales, reach=2)
         steps: list[list[tuple[nn.Module, int]]] = [[(unit, 1)] for unit in self.units]
         steps[0].append((self.logits, 0))
-        x_BCHW: Tensor | None = None
-        for level in reversed(range(count)):
-            (begin, cut), project, scale = margins[level], self.project[level], scales[level]
-            map_BCHW = cropped(maps[level], begin, scale)
-            if x_BCHW is None:
-                x_BCHW = project(map_BCHW)
-                for step, _ in steps[level]:
-                    x_BCHW = step(x_BCHW)
-                x_BCHW = cropped(x_BCHW, cut * scale, scale)
-            else:
-                join = partial(_joined, project)
-                x_BCHW = in_strips(join, steps[level], x_BCHW, map_BCHW, cut=cut)
-        assert x_BCHW is not None
+        given = (
+            cropped(map_BCHW, begin, scale)
+            for map_BCHW, scale, (begin, _) in zip(maps, scales, margins, strict=True)
+        )
+        cuts = (cut for _, cut in margins)
+        *finer, (project, taken, x_BCHW, cut) = zip(self.project, steps, given, cuts, strict=True)
+        x_BCHW = project(x_BCHW)
+        for step, _ in taken:
+            x_BCHW = step(x_BCHW)
+        x_BCHW = cropped(x_BCHW, cut, 1)
+        for project, taken, map_BCHW, cut in reversed(finer):
+            x_BCHW = in_strips(partial(_joined, project), taken, x_BCHW, map_BCHW, cut=cut)
         return x_BCHW
 
 

@@ -227,15 +227,17 @@ class _SegmentationHead(nn.Module):
             OrderedDict(hidden=hidden, logits=Logits(head_width, channels, 1))
         )
 
-    def forward(self, mapped_BCHW: Tensor, *skips: Tensor, margin: int) -> Tensor:
+    def forward(self, mapped_BCHW: Tensor, *skips: Tensor, margin: int = 0) -> Tensor:
         # A stage sees a pixel around its result for the doubling and one for each convolution.
-        margins = stage_margins(margin, SCALES[:-1], reach=3)
+        scales = SCALES[:-1]
+        margins = stage_margins(margin, scales, reach=3)
         steps = [[(unit, 1) for unit in stage.children()] for stage in self.stages]
         steps[-1].append((self.output, 0))
         x_BCHW = cropped(mapped_BCHW, margins[-1][0], SCALES[-1])
-        levels = zip(SCALES, skips, margins, strict=False)
-        for level, joint, taken in zip(reversed(list(levels)), self.joints, steps, strict=True):
-            scale, skip_BCHW, (begin, cut) = level
+        given = list(zip(skips, scales, margins, strict=True))
+        for (skip_BCHW, scale, (begin, cut)), joint, taken in zip(
+            reversed(given), self.joints, steps, strict=True
+        ):
             x_BCHW = in_strips(joint, taken, x_BCHW, cropped(skip_BCHW, begin, scale), cut=cut)
         return x_BCHW
 
@@ -262,4 +264,4 @@ class _PatchHead(nn.Module):
         )
         x_BCHW = self.dropout(functional.relu(self.norm1(x_BCHW)))
         logits_BCHW: Tensor = self.conv2(functional.relu(self.norm2(self.conv1(x_BCHW))))
-        return cropped(logits_BCHW, margin // SCALES[-1] * SCALES[-1], SCALES[-1])
+        return cropped(logits_BCHW, margin, SCALES[-1])
