@@ -50,7 +50,7 @@ def read_bands(
         sampling: from the grid of the boxes to the file.
         boxes: panel by panel, row by row, left to right; rows may have gaps.
         fetch: decodes a tile; called from several threads.
-        threads: how many decode at once, besides one that plans ahead.
+        threads: how many decode at once. One more plans ahead for them; one alone does both.
         stop: asked often; once true, the iteration ends.
 
     Yields:
@@ -112,8 +112,9 @@ class _Crew:
         self._stopped = threading.Event()
         self._rows = rows
         self._painter = painter_for(sampling, rows)
-        self._workers = ThreadPoolExecutor(max(1, threads), "decode")
         self._foreman = ThreadPoolExecutor(1, "decode-ahead")
+        # One worker would only make the foreman wait, and be handed each job.
+        self._workers = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
 
     def __enter__(self) -> _Crew:
         return self
@@ -121,7 +122,8 @@ class _Crew:
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
         self._foreman.shutdown(wait=True, cancel_futures=True)
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        if self._workers is not None:
+            self._workers.shutdown(wait=True, cancel_futures=True)
 
     def is_stopped(self) -> bool:
         """Tell whether the caller wants no more; asking once is enough."""
@@ -143,6 +145,10 @@ class _Crew:
         return band
 
     def _together(self, jobs: Sequence[Callable[[], None]]) -> None:
+        if self._workers is None:
+            for job in jobs:
+                job()
+            return
         for future in [self._workers.submit(job) for job in jobs]:
             future.result()
 
