@@ -140,13 +140,33 @@ def test_growth_keeps_to_the_owner_and_the_element(rng):
     assert np.array_equal(labels, expected)
 
 
-def test_tally_counts_the_pixels_of_runs():
-    labels = np.array([[0, 1, 1, 0], [2, 2, 0, 1]], np.int32)
-    inner = np.array([[9, 1, 2, 9], [4, 8, 9, 16]], np.uint8)
-    classes = np.array([[0, 1, 1, 0], [2, 7, 0, 2]], np.uint8)
-    sums, votes = kernels.tally(labels, inner, classes, runs_of(labels)[0], 2, 3)
-    assert sums[1:].tolist() == [[3, 19], [2, 12]]
-    assert votes[1:].tolist() == [[0, 2, 1], [0, 0, 1]]  # id 7 is no class
+@given(maps, st.integers(0, 3))
+def test_tally_lists_and_sums_the_labels_of_a_part(rng, n_classes):
+    labels = rng.integers(0, 4, (9, 11)).astype(np.int32)
+    labels = np.repeat(labels, 2, axis=1)  # so that there are longer runs
+    inner = rng.integers(0, 256, labels.shape).astype(np.uint8)
+    (left, right), (top, bottom) = (np.sort(rng.integers(0, side, 2)) for side in (23, 10))
+    part = np.s_[top:bottom, left:right]
+    classes = rng.integers(0, 5, labels[part].shape).astype(np.uint8)  # some are no class
+    where = int(left), int(top), int(right), int(bottom)
+    places, values, sums, votes = kernels.tally(labels, inner, classes, where, 3, n_classes)
+    expected, expected_values = runs_of(np.ascontiguousarray(labels[part]))
+    assert np.array_equal(places, expected + np.array([[top], [left], [left]]))
+    assert np.array_equal(values, expected_values)
+    for label in range(1, 4):
+        own = labels[part] == label
+        assert sums[label].tolist() == [own.sum(), inner[part][own].sum()]
+        counts = np.bincount(classes[own], minlength=5)[:n_classes]
+        assert votes[label].tolist() == counts.tolist()
+
+
+@given(maps, st.integers(0, 256), st.integers(0, 256), st.integers(1, 300))
+def test_runs_of_thresholds(rng, inner_from, contour_below, width):
+    inner, contour = rng.integers(0, 256, (2, 5, width)).astype(np.uint8)
+    inner = np.where(rng.random(inner.shape) < 0.5, np.roll(inner, 1, axis=1), inner)
+    core = (inner >= inner_from) & (contour < contour_below)
+    found = kernels.threshold_runs(inner, contour, inner_from, contour_below)
+    assert np.array_equal(np.stack(found), runs_of(core.view(np.uint8))[0])
 
 
 @given(images, images)

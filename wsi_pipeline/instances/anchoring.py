@@ -38,26 +38,29 @@ def eroded_cores(
     # Zeros behind the row: it is looked at eight pixels at a time.
     core = np.zeros(-(-width // 8) * 8, np.uint8)
     eight = core.view(np.uint64)
-    none, full = np.uint64(0), np.uint64(0x0101010101010101)
+    full = np.uint64(0x0101010101010101)
+    # 16 bits all along: with more, fewer pixels fit an instruction.
+    ground_least, core_least = np.uint16(ground_from), np.uint16(core_from)
     y_of = np.empty(64 * height, np.int32)
     ends = np.empty(2 * y_of.size, np.int32)
     n = 0
     for y in range(-1, height - 1):
-        below = above[(y + 1) % 3]
+        below, inside_of, contour_of = above[(y + 1) % 3], inner[y + 1], contour[y + 1]
         for x in range(width):
-            below[x] = np.uint16(inner[y + 1, x]) + np.uint16(contour[y + 1, x]) >= ground_from
+            total = np.uint16(np.uint16(inside_of[x]) + np.uint16(contour_of[x]))
+            below[x] = total >= ground_least
         if y < 1:
             continue
-        here, up = above[y % 3], above[(y - 1) % 3]
+        here, up, inside_of = above[y % 3], above[(y - 1) % 3], inner[y]
         for x in range(1, width - 1):
             inside = here[x] & up[x] & below[x] & here[x - 1] & here[x + 1]
             ground[y, x] = inside
-            core[x] = inside & np.uint8(inner[y, x] >= core_from)
+            core[x] = inside & np.uint8(np.uint16(inside_of[x]) >= core_least)
         if n + width + 2 > ends.size:
             y_of, ends = _lengthened(y_of, n // 2, n + width), _lengthened(ends, n, 2 * (n + width))
         first, before = n, np.uint8(0)
         for k in range(eight.size):
-            if (before == 0 and eight[k] == none) or (before == 1 and eight[k] == full):
+            if eight[k] == np.uint64(before) * full:
                 continue
             for x in range(8 * k, 8 * k + 8):
                 # Without a branch, which would be guessed wrong at each end of a run.
@@ -140,12 +143,13 @@ def spread(
     """Paint labels, let them spread over the ground as :func:`grow` does, and sum over each.
 
     It is :func:`grow` without owners and offsets: the small objects' way, which costs a third.
-    A cell holds a label and, above its bits, the pixel's ``inner`` value, so that one look at
-    a neighbour tells both. Nothing here depends on a branch that is hard to guess.
+    A cell holds a label and, above its bits, the pixel's ``inner`` value and one, so that one
+    look at a neighbour tells both, and any label is more than none. Nothing here depends on a
+    branch that is hard to guess.
 
     Args:
-        cells: (H, W) int32 or int64 zeros; receives ``label | inner << shift``.
-        shift: bits of a cell that are a label; 8 more must remain for ``inner``, and a sign.
+        cells: (H, W) int32 or int64 zeros; receives ``label | (inner + 1) << shift``.
+        shift: bits of a cell that are a label; 9 more must remain for the rest, and a sign.
         inner: (H, W) uint8.
         ground: (H, W) uint8, 1 where labels may spread to, else 0, with a zero border; what
             is labelled is set to 0.
@@ -203,7 +207,7 @@ def _settle(
         total = np.int64(0)
         for pixel in range(start, start + np.uint64(size)):
             total += inner_at[pixel]
-            cell_at[pixel] = label | np.int64(inner_at[pixel]) << shift
+            cell_at[pixel] = label | (np.int64(inner_at[pixel]) + 1) << shift
             free_at[pixel] = 0
         if votes.shape[1]:
             for pixel in range(start, start + np.uint64(size)):
@@ -245,21 +249,21 @@ def _take(free_at: Ints, pixel: np.uint64, taken: Ints, end: int) -> int:
 @compiled
 def _choose_cells(cell_at: Ints, width: np.uint64, shift: int, pixels: Ints) -> Ints:
     """Return the label that each pixel takes from its neighbours; none is given yet."""
-    one = np.uint64(1)
+    one, mask = np.uint64(1), (np.int64(1) << shift) - 1
     chosen = np.empty(pixels.size, np.int64)
     for k in range(pixels.size):
         pixel = np.uint64(pixels[k])
         north, south = np.int64(cell_at[pixel - width]), np.int64(cell_at[pixel + width])
         west, east = np.int64(cell_at[pixel - one]), np.int64(cell_at[pixel + one])
-        best = _better(_better(_better(north, west, shift), east, shift), south, shift)
-        chosen[k] = best & ((1 << shift) - 1)
+        best = _better(_better(_better(north, west, mask), east, mask), south, mask)
+        chosen[k] = best & mask
     return chosen
 
 
 @compiled
-def _better(best: np.int64, cell: np.int64, shift: int) -> np.int64:
+def _better(best: np.int64, cell: np.int64, mask: np.int64) -> np.int64:
     """Return the cell with the larger inner value, the first if they are equal; 0 is none."""
-    return cell if best == 0 or cell >> shift > best >> shift else best
+    return cell if cell | mask > best | mask else best
 
 
 @compiled
@@ -280,7 +284,7 @@ def _advance(
     for k in range(chosen.size):
         label, pixel = chosen[k], np.uint64(taken[begin + k])
         value = np.int64(inner_at[pixel])
-        cell_at[pixel] = label | value << shift
+        cell_at[pixel] = label | (value + 1) << shift
         sums[label, 0] += 1
         sums[label, 1] += value
         first[label] = min(first[label], np.int64(pixel))

@@ -24,6 +24,7 @@ __all__ = [
     "overlap_runs",
     "paint",
     "tally",
+    "threshold_runs",
 ]
 
 Ints = NDArray[Any]
@@ -59,6 +60,50 @@ def find_runs(image: Ints) -> tuple[Ints, Ints, Ints, Ints]:
             value[n] = here
             n += 1
     return y_of[:n].copy(), start[:n].copy(), stop[:n].copy(), value[:n].copy()
+
+
+@compiled
+def threshold_runs(
+    inner: Ints, contour: Ints, inner_from: int, contour_below: int
+) -> tuple[Ints, Ints, Ints]:
+    """List the maximal runs of pixels with much of one probability and little of another.
+
+    Args:
+        inner: (H, W) uint8, this or more.
+        contour: (H, W) uint8, less than this.
+        inner_from: 0 to 256.
+        contour_below: 0 to 256.
+
+    Returns:
+        ``y, x0, x1`` as int32, one entry a run, in raster order.
+    """
+    height, width = inner.shape
+    # 16 bits: with more, fewer pixels fit an instruction.
+    least, end = np.uint16(inner_from), np.uint16(contour_below)
+    # A row with a zero behind it, where its last run ends; looked at eight pixels at a time.
+    core = np.zeros((width // 8 + 1) * 8, np.uint8)
+    eight, full = core.view(np.uint64), np.uint64(0x0101010101010101)
+    y_of, edges = np.empty(64 * height, np.int32), np.empty(128 * height, np.int32)
+    n = 0
+    for y in range(height):
+        inner_of, contour_of = inner[y], contour[y]
+        for x in range(width):
+            core[x] = (np.uint16(inner_of[x]) >= least) & (np.uint16(contour_of[x]) < end)
+        if n + width + 2 > edges.size:
+            longer, longer_y = np.empty(2 * (n + width), np.int32), np.empty(n + width, np.int32)
+            longer[:n], longer_y[: n // 2] = edges[:n], y_of[: n // 2]
+            edges, y_of = longer, longer_y
+        first, before = n, np.uint8(0)
+        for k in range(eight.size):
+            if eight[k] == np.uint64(before) * full:
+                continue
+            for x in range(8 * k, 8 * k + 8):
+                # Without a branch, which would be guessed wrong at each end of a run.
+                edges[n] = x
+                n += core[x] != before
+                before = core[x]
+        y_of[first // 2 : n // 2] = y
+    return y_of[: n // 2].copy(), edges[:n:2].copy(), edges[1:n:2].copy()
 
 
 @compiled
@@ -147,12 +192,16 @@ def paint(image: Ints, y: Ints, x0: Ints, x1: Ints, value: Ints, dx: int, dy: in
                 image[row, x] = value[i]
 
 
+_GROWN = 1 << 30
+"""Added to the label of a pixel that has grown, while others still grow."""
+
+
 @compiled
-def _covered(cores: Ints, pixel: int, label: int, offsets: Ints) -> bool:
+def _covered(label_at: Ints, pixel: int, label: int, offsets: Ints) -> bool:
     if offsets.size == 0:
         return True
     for k in range(offsets.size):  # noqa: SIM110 - numba compiles this, not any()
-        if cores[pixel + offsets[k]] == label:
+        if label_at[pixel + offsets[k]] == label:
             return True
     return False
 
@@ -164,7 +213,6 @@ def _choose(
     inner_at: Ints,
     ground_at: Ints,
     owner: Ints,
-    cores: Ints,
     around: Ints,
     offsets: Ints,
 ) -> int:
@@ -172,11 +220,11 @@ def _choose(
     best, value = 0, -1
     for k in range(4):
         source = target + around[k]
-        label = label_at[source]
-        if label > 0 and int(inner_at[source]) > value:
+        if label_at[source] > 0 and int(inner_at[source]) > value:
+            label = label_at[source] & (_GROWN - 1)
             wanted = owner[label]
             if (wanted == 0 or wanted == ground_at[target]) and _covered(
-                cores, target, label, offsets
+                label_at, target, label, offsets
             ):
                 best, value = label, int(inner_at[source])
     return best
@@ -194,10 +242,10 @@ def grow(
     nothing farther away than ``steps`` and does not depend on label numbers.
 
     Args:
-        labels: (H, W) int32, wide zero border (at least 1, and the reach of ``offsets``);
-            changed in place.
+        labels: (H, W) int32 below 2**30, wide zero border (at least 1, and the reach of
+            ``offsets``); changed in place.
         inner: (H, W) uint8.
-        ground: (H, W) int32; zero where nothing may grow.
+        ground: (H, W) uint8 or int32; zero where nothing may grow.
         owner: by label, the ground value it needs; 0 = any but zero.
         offsets: int64 flat offsets of a structuring element; a pixel is open to a label
             only if the label's original pixels meet the element there. Empty: no limit.
@@ -206,7 +254,6 @@ def grow(
     """
     width = labels.shape[1]
     label_at, inner_at, ground_at = labels.reshape(-1), inner.reshape(-1), ground.reshape(-1)
-    cores = label_at.copy() if offsets.size else label_at
     around = np.array([-width, -1, 1, width])
     grown = np.empty(label_at.size if steps else 0, np.int64)
     begin, end = 0, 0
@@ -225,50 +272,70 @@ def grow(
                     target = pixel + around[k]
                     if label_at[target] == 0 and ground_at[target] != 0:
                         label = _choose(
-                            target, label_at, inner_at, ground_at, owner, cores, around, offsets
+                            target, label_at, inner_at, ground_at, owner, around, offsets
                         )
-                        if label:
-                            # Negative: taken, but not yet a label that others can take.
-                            label_at[target] = -label
-                            grown[end] = target
-                            end += 1
+                        # Negative: taken, but not yet a label that others can take.
+                        label_at[target] = -label
+                        grown[end] = target
+                        end += label != 0
                 pixel += 1
         for k in range(first, end):
-            label_at[grown[k]] = -label_at[grown[k]]
+            label_at[grown[k]] = _GROWN - label_at[grown[k]]
         begin = first
         if first == end:
             break
+    for k in range(end):
+        label_at[grown[k]] -= _GROWN
 
 
 @compiled
 def tally(
-    labels: Ints, inner: Ints, classes: Ints, runs: Ints, count: int, n_classes: int
-) -> tuple[Ints, Ints]:
-    """Sum over the pixels of each label.
+    labels: Ints,
+    inner: Ints,
+    classes: Ints,
+    part: tuple[int, int, int, int],
+    count: int,
+    n_classes: int,
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """List the runs of labels in a part of an image, and sum over the pixels of each label.
 
     Args:
         labels: (H, W) int32.
         inner: (H, W) uint8.
-        classes: (H, W) uint8 class ids; not read when ``n_classes`` is 0.
-        runs: (3, N) int32 ``y, x0, x1`` of one label each: pixels to count.
+        classes: (h, w) uint8 class ids of the part; not read when ``n_classes`` is 0.
+        part: left, top, right and bottom (half-open).
         count: number of labels.
         n_classes: number of classes.
 
     Returns:
-        (count + 1, 2) int64 pixels and summed inner values; (count + 1, n_classes) int64
-        votes.
+        (3, N) int32 rows ``y, x0, x1`` of the image, in raster order; (N,) int32 labels;
+        (count + 1, 2) int64 pixels and summed inner values; (count + 1, n_classes) int64 votes.
     """
+    left, top, right, bottom = part
+    runs = np.empty((4, (right - left) * (bottom - top)), np.int32)
     sums = np.zeros((count + 1, 2), np.int64)
     votes = np.zeros((count + 1, n_classes), np.int64)
-    for i in range(runs.shape[1]):
-        y, start, stop = runs[0, i], runs[1, i], runs[2, i]
-        label = labels[y, start]
-        sums[label, 0] += stop - start
-        for x in range(start, stop):
-            sums[label, 1] += inner[y, x]
-            if n_classes and classes[y, x] < n_classes:
-                votes[label, classes[y, x]] += 1
-    return sums, votes
+    n = 0
+    for y in range(top, bottom):
+        x = left
+        while x < right:
+            label = labels[y, x]
+            if label == 0:
+                x += 1
+                continue
+            first, total = x, np.int64(0)
+            while x < right and labels[y, x] == label:
+                total += inner[y, x]
+                x += 1
+            runs[0, n], runs[1, n], runs[2, n], runs[3, n] = y, first, x, label
+            n += 1
+            sums[label, 0] += x - first
+            sums[label, 1] += total
+            if n_classes:
+                for k in range(first - left, x - left):
+                    if classes[y - top, k] < n_classes:
+                        votes[label, classes[y - top, k]] += 1
+    return runs[:3, :n].copy(), runs[3, :n].copy(), sums, votes
 
 
 @compiled

@@ -20,7 +20,7 @@ import numpy as np
 
 from wsi_pipeline.geometry import Box
 from wsi_pipeline.instances.heads import HeadMaps, Objects, above
-from wsi_pipeline.instances.kernels import Ints, find_runs, grow, label_runs, paint, tally
+from wsi_pipeline.instances.kernels import Ints, grow, label_runs, paint, tally, threshold_runs
 from wsi_pipeline.instances.parallel import ordered_map
 from wsi_pipeline.instances.runs import Runs
 from wsi_pipeline.instances.tracing import trace_runs
@@ -214,6 +214,9 @@ class _Growth:
                 sums=np.empty((0, 2), np.int64),
                 votes=np.empty((0, self.maps.n_classes), np.int64),
             )
+        # Nothing grows farther than this.
+        around = Box.from_edges(int(x0.min()), int(y[0]), int(x1.max()), int(y[-1]) + 1).pad(steps)
+        window = window.intersect(around)
         # The border is as wide as the element reaches: flat offsets never wrap around.
         read = window.pad(steps + 1)
         inner, _ = self.maps.probabilities(read)
@@ -224,32 +227,31 @@ class _Growth:
         owner = np.concatenate([[0], self.owners[ids]]).astype(np.int32)
         runs = np.stack([y - read.y, x0 - read.x, x1 - read.x]).astype(np.int32)
         grow(image, inner, ground, owner, flat, steps, runs)
-        return self._collect(tile, read, image, inner, ids)
+        return self._collect(tile.intersect(window), read, image, inner, ids)
 
     def _ground(self, read: Box, window: Box) -> Ints:
-        ground = np.zeros((read.height, read.width), np.int32)
         if self.parent is None:
+            ground = np.zeros((read.height, read.width), np.uint8)
             ground[window.relative_to(read).slices] = 1
-        else:
-            (y, x0, x1), values = self.parent.runs.window(window)
-            paint(ground, y, x0, x1, values, read.x, read.y)
+            return ground
+        ground = np.zeros((read.height, read.width), np.int32)
+        (y, x0, x1), values = self.parent.runs.window(window)
+        paint(ground, y, x0, x1, values, read.x, read.y)
         return ground
 
-    def _collect(self, tile: Box, read: Box, image: Ints, inner: Ints, ids: Ints) -> _Piece:
-        inside = tile.relative_to(read).slices
-        image = np.ascontiguousarray(image[inside])
-        y, x0, x1, value = find_runs(image)
-        sums, votes = tally(
+    def _collect(self, part: Box, read: Box, image: Ints, inner: Ints, ids: Ints) -> _Piece:
+        inside = part.relative_to(read)
+        (y, x0, x1), labels, sums, votes = tally(
             image,
-            np.ascontiguousarray(inner[inside]),
-            self.maps.classes(tile),
-            np.stack([y, x0, x1]),
+            inner,
+            self.maps.classes(part),
+            (inside.x, inside.y, inside.x1, inside.y1),
             ids.size,
             self.maps.n_classes,
         )
         return _Piece(
-            places=np.stack([y + tile.y, x0 + tile.x, x1 + tile.x]).astype(np.int32),
-            values=ids[value - 1].astype(np.int32),
+            places=np.stack([y + read.y, x0 + read.x, x1 + read.x]).astype(np.int32),
+            values=ids[labels - 1].astype(np.int32),
             ids=ids,
             sums=sums[1:],
             votes=votes[1:],
@@ -259,9 +261,11 @@ class _Growth:
 def core_runs(maps: HeadMaps, rules: RunRules, tile: Box) -> tuple[Ints, Ints]:
     """Return the runs of the cores in a tile: ``(places, values)`` as ``Runs.join`` wants."""
     inner, contour = maps.probabilities(tile)
-    core = (inner >= above(rules.inner_threshold)) & (contour < above(rules.contour_threshold))
-    y, x0, x1, value = find_runs(core.view(np.uint8))
-    return np.stack([y + tile.y, x0 + tile.x, x1 + tile.x]).astype(np.int32), value
+    y, x0, x1 = threshold_runs(
+        inner, contour, above(rules.inner_threshold), above(rules.contour_threshold)
+    )
+    places = np.stack([y + tile.y, x0 + tile.x, x1 + tile.x]).astype(np.int32)
+    return places, np.ones(y.size, np.int32)
 
 
 def _holes_to_fill(
