@@ -21,6 +21,10 @@ from wsi_pipeline.store import PredictionBlock
 
 POISON_PX = 900
 """A slide of this width kills whoever predicts it."""
+BIG_PX = 2600
+"""Of this width, one may be told to wait for others."""
+LONG_S = 60
+"""Whoever waits goes on then: the test fails, and does not hang."""
 
 
 class SlowStub:
@@ -44,9 +48,10 @@ class SlowStub:
     canvas_bytes = 1 << 28
     extractors = 1
 
-    def __init__(self, device: str, delay_s: float):
+    def __init__(self, device: str, delay_s: float, may_begin=lambda _slide: True):
         self.device = device
         self.delay_s = delay_s
+        self.may_begin = may_begin
 
     def begin(self, slide, tiles):
         """Read nothing ahead."""
@@ -54,6 +59,9 @@ class SlowStub:
     def predict(self, slide, tiles, *, stop, warn, feed):
         if slide.size[0] == POISON_PX:
             os.kill(os.getpid(), signal.SIGKILL)
+        deadline = time.monotonic() + LONG_S
+        while not self.may_begin(slide) and time.monotonic() < deadline:
+            time.sleep(0.02)
         for tile in tiles.tiles:
             if stop():
                 return
@@ -74,6 +82,12 @@ class StubLoader:
     fails: tuple[str, ...] = ()
     meet: int = 0
     """So many must have come here before it goes on."""
+    before_big: int = 0
+    """So many slides must be done before the first tile of the big one is."""
+
+    def _may_begin(self, slide):
+        done = len(list(self.folder.glob("reports/*.json")))
+        return slide.size[0] != BIG_PX or done >= self.before_big
 
     def __call__(self, device):
         (self.folder / f"loaded-{device}-{os.getpid()}").touch()
@@ -83,7 +97,7 @@ class StubLoader:
             raise ModelBundleError("no such model here")
         while len(list(self.folder.glob("loaded-*"))) < self.meet:
             time.sleep(0.02)
-        return SlowStub(device, self.delay_s)
+        return SlowStub(device, self.delay_s, self._may_begin)
 
 
 class CpuLoader(BundleLoader):

@@ -267,7 +267,7 @@ def test_overwrite_retry_and_fail_fast(slides, tmp_path):
 def big(tmp_path_factory):
     """A slide of some tiles, and the files of an undisturbed run of it."""
     folder = tmp_path_factory.mktemp("big")
-    write_slide(folder / "big.svs", width=3000, height=3000, mpp=0.5, seed=5, truth=False)
+    write_slide(folder / "big.svs", width=2200, height=2200, mpp=0.5, seed=5, truth=False)
     result = subprocess.run(command(folder), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder / "big.svs", outputs(folder / "out")
