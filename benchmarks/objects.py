@@ -1,4 +1,7 @@
-"""Maps to table: this package against the plain way, on the same synthetic maps.
+"""Maps to table: this package against the plain way, on the same synthetic maps; or real maps.
+
+    python -m benchmarks.objects --size 4096 [--json]
+    python -m benchmarks.objects --maps results/maps/*.zarr [--json]
 
 The plain way is what most scripts do: ``scipy.ndimage.label``, ``skimage`` watershed and
 ``regionprops`` for the same columns, ``findContours`` on each object's crop, one shapely
@@ -6,7 +9,9 @@ The plain way is what most scripts do: ``scipy.ndimage.label``, ``skimage`` wate
 kept as ``wsi-run`` does; medians of processor seconds, which other programs disturb less than the
 clock's.
 
-    python benchmarks/objects.py --size 4096 --json
+With ``--maps``: stores that a run has left. Seconds of one thread from maps in memory to the rows
+of the table, which is what finding objects costs, and from the store's files to the table's, by
+turns; million pixels a second of what was predicted, and of the maps' whole area.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -32,6 +38,7 @@ from wsi_pipeline.instances import extract_objects
 from wsi_pipeline.instances.regions import element_offsets
 from wsi_pipeline.machine import keep_freed_memory
 from wsi_pipeline.spec import AnchorRules, HeadSpec, ModelSpec, RunRules
+from wsi_pipeline.store import PredictionStore
 from wsi_pipeline.table import ObjectWriter, read_objects
 
 PIXEL_SIZE = (0.25, 0.25)
@@ -57,15 +64,21 @@ SPEC = ModelSpec(
 class Maps:
     """Maps in memory, with the members of a prediction store."""
 
-    size: int
+    grid: PixelGrid
     arrays: dict[str, np.ndarray]
     spec: ModelSpec = SPEC
     pixel_size: tuple[float, float] = PIXEL_SIZE
 
-    @property
-    def grid(self):
-        """The working grid."""
-        return PixelGrid(origin=(0.0, 0.0), spacing=(2.0, 2.0), size=(self.size, self.size))
+    @classmethod
+    def of(cls, store: PredictionStore):
+        """Read the maps of a store."""
+        boxes = {key: store.head_grid(head.name).box for key, head in store.spec.maps.items()}
+        return cls(
+            grid=store.grid,
+            arrays={key: store.read(key, box) for key, box in boxes.items()},
+            spec=store.spec,
+            pixel_size=store.pixel_size,
+        )
 
     def head_grid(self, name):
         """Return the grid of a head's maps."""
@@ -114,7 +127,7 @@ def synthetic(size: int, per_mpx: int = 750) -> Maps:
 
     patches = rng.integers(0, len(CLASSES), (side // 16, side // 16)).astype(np.uint8)
     return Maps(
-        size=size,
+        grid=PixelGrid(origin=(0.0, 0.0), spacing=(2.0, 2.0), size=(size, size)),
         arrays={
             "nuclei/prob": whole(discs(rng, side, per_mpx, (4, 8)), size),
             "type/class": whole(np.kron(patches, np.ones((16, 16), np.uint8)), size),
@@ -201,42 +214,89 @@ def row(props, mpp: float, kind: str, name, prob) -> dict:
     }
 
 
+def rows_of(maps) -> int:
+    return sum(batch.num_rows for batch in extract_objects(maps, slide_id="s").batches)
+
+
+def from_files(folder: Path, path: Path) -> int:
+    return ours(PredictionStore.open(folder), path)
+
+
+def seconds_by_turns(ways, rounds: int) -> dict[str, float]:
+    """Return the median of the processor seconds of each way, called in turns."""
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            begin = time.process_time()
+            way()
+            seconds[name].append(time.process_time() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measured(folder: Path, path: Path, rounds: int) -> dict:
+    """Measure a store of real maps."""
+    store = PredictionStore.open(folder)
+    maps = Maps.of(store)
+    ways = {
+        "memory to rows": partial(rows_of, maps),
+        "files to table": partial(from_files, folder, path),
+    }
+    count = rows_of(maps)  # compiles what is not yet
+    area, predicted = maps.grid.box.area / 1e6, store.meta["predicted_px"] / 1e6
+    seconds = seconds_by_turns(ways, rounds)
+    return {
+        "objects": count,
+        "mpx": {"predicted": round(predicted, 1), "all": round(area, 1)},
+        "objects_per_predicted_mpx": round(count / predicted),
+        "seconds": {way: round(s, 4) for way, s in seconds.items()},
+        "predicted_mpx_per_s": {way: round(predicted / s, 1) for way, s in seconds.items()},
+        "mpx_per_s": {way: round(area / s, 1) for way, s in seconds.items()},
+        "objects_per_s": {way: round(count / s) for way, s in seconds.items()},
+    }
+
+
+def beside_the_plain_way(size: int, path: Path, rounds: int) -> dict:
+    """Measure synthetic maps."""
+    maps = synthetic(size)
+    ours(synthetic(256), path)  # compiles
+    counts = {"ours": ours(maps, path), "plain": plain(maps, path)}
+    ways = {"ours": partial(ours, maps, path), "plain": partial(plain, maps, path)}
+    seconds = seconds_by_turns(ways, rounds)
+    ours(maps, path)
+    return {
+        "size_px": size,
+        "objects": counts,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "mpx_per_s": {n: round(size**2 / 1e6 / s, 1) for n, s in seconds.items()},
+        "objects_per_s": {n: round(counts[n] / s) for n, s in seconds.items()},
+        "ratio": round(seconds["plain"] / seconds["ours"], 1),
+        "target_ratio": 20,
+        "valid_fraction": float(read_objects(path).is_valid.mean()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=4096, help="side of the maps in pixels")
+    parser.add_argument("--size", type=int, default=4096, help="side of the synthetic maps, pixels")
+    parser.add_argument("--maps", type=Path, nargs="+", help="stores of real maps instead")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     keep_freed_memory()
-    maps = synthetic(options.size)
-    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
-    counts = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "objects.parquet"
-        ours(synthetic(256), path)  # compile
-        for _ in range(options.rounds):
-            for name, function in (("ours", ours), ("plain", plain)):
-                begin = time.process_time()
-                counts[name] = function(maps, path)
-                seconds[name].append(time.process_time() - begin)
-        ours(maps, path)
-        valid = float(read_objects(path).is_valid.mean())
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    result = {
-        "size_px": options.size,
-        "objects": counts,
-        "seconds": {name: round(value, 4) for name, value in median.items()},
-        "mpx_per_s": {n: round(options.size**2 / 1e6 / s, 1) for n, s in median.items()},
-        "objects_per_s": {n: round(counts[n] / s) for n, s in median.items()},
-        "ratio": round(median["plain"] / median["ours"], 1),
-        "target_ratio": 20,
-        "valid_fraction": valid,
-    }
+        if options.maps:
+            results = {store.stem: measured(store, path, options.rounds) for store in options.maps}
+        else:
+            size = options.size
+            results = {"synthetic": beside_the_plain_way(size, path, options.rounds)}
     if options.json:
-        print(json.dumps(result))
-    else:
-        print("\n".join(f"{key:>16}: {value}" for key, value in result.items()))
+        print(json.dumps(results if options.maps else results["synthetic"]))
+        return
+    for name, result in results.items():
+        print(name)
+        print("\n".join(f"{key:>26}: {value}" for key, value in result.items()))
 
 
 if __name__ == "__main__":
