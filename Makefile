@@ -33,7 +33,7 @@ floors: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 suite: $(VENV)/.installed-dev $(VENV)/snakemake/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 # Builds the image and runs the demo in it, not as root; see the script for what it needs.
 container:
