@@ -11,18 +11,28 @@ from test_kernels import CROSS, maps, plain_growth, runs_of
 from wsi_pipeline.instances import anchoring, kernels
 
 
-@given(maps, st.integers(3, 40), st.integers(3, 12))
-def test_eroded_cores(rng, width, height):
-    inner = rng.integers(60, 200, (height, width)).astype(np.uint8)
+@given(maps, st.integers(3, 300), st.integers(3, 12), st.integers(0, 256), st.integers(0, 256))
+def test_eroded_cores(rng, width, height, core_from, ground_from):
+    inner = rng.integers(60, 256, (height, width)).astype(np.uint8)
     inner[rng.random(height) < 0.3] = 199  # rows with long runs, across words of eight pixels
     contour = rng.integers(0, 200, (height, width)).astype(np.uint8)
-    y, x0, x1, ground = anchoring.eroded_cores(inner, contour, 128, 90)
-    above = inner.astype(int) + contour >= 90
+    y, x0, x1, ground = anchoring.eroded_cores(inner, contour, core_from, ground_from)
+    above = inner.astype(int) + contour >= ground_from
     eroded = ndi.binary_erosion(above, CROSS, border_value=1)
     eroded[[0, -1]] = eroded[:, [0, -1]] = False
     assert np.array_equal(ground, eroded)
-    expected = runs_of((eroded & (inner >= 128)).astype(np.uint8))[0]
+    expected = runs_of((eroded & (inner >= core_from)).astype(np.uint8))[0]
     assert np.array_equal(np.stack([y, x0, x1]), expected)
+
+
+def test_as_many_runs_as_there_can_be():
+    inner = np.tile(np.array([0, 255], np.uint8), (9, 150))
+    none = np.zeros_like(inner)
+    found = anchoring.eroded_cores(inner, 255 - none, 128, 90)[:3]
+    within = inner.copy()
+    within[[0, -1]] = within[:, [0, -1]] = 0
+    assert np.array_equal(np.stack(found), runs_of(within)[0])
+    assert np.array_equal(np.stack(kernels.threshold_runs(inner, none, 1, 1)), runs_of(inner)[0])
 
 
 def plain_judgement(table, own, window, whole, margin, min_core, most):

@@ -73,7 +73,7 @@ def go(slides, out, names, watcher=None, load=None, devices=TWO, stop=lambda: Fa
 def test_the_largest_goes_first_and_who_is_free_takes_the_next(slides, alone, tmp_path):
     watcher = Watcher()
     # The largest is last in the list, and both devices are ready before either begins.
-    # One more may be made ready beside the large one, which would be done after it.
+    # The large one waits for three of the five: its device may hold one more ready for itself.
     load = StubLoader(tmp_path, delay_s=0.05, meet=2, before_big=len(SMALL) - 2)
     reports = go(slides, tmp_path, [*SMALL, "big"], watcher, load)
     assert [(r.slide_id, r.status) for r in reports] == [(n, "done") for n in [*SMALL, "big"]]

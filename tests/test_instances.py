@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -430,6 +432,27 @@ def test_votes():
     assert table["class_prob"].to_pylist() == [np.float32(0.6), np.float32(0.3), None]
     assert table["tissue"].to_pylist() == [None] * 3
     assert table["parent_id"].to_pylist() == [None] * 3
+
+
+@pytest.mark.parametrize("window", [7, 16, 33, 1000])
+def test_votes_of_regions_whatever_the_window(window):
+    rng = np.random.default_rng(4)
+    inner = np.zeros((60, 90))
+    inner[20:44, 13:50], inner[8:30, 60:84] = 0.9, 0.9
+    head = glands(grow_um=0, min_core_um2=10)
+    store = one_head(head, inner)
+    type_ = rng.integers(0, 4, inner.shape).astype(np.uint8)
+    classes = replace(TYPE, classifies=head.name, stride=head.stride)
+    arrays = {**store.arrays, f"{classes.name}/class": type_}
+    store = replace(store, spec=model(head, classes), arrays=arrays)
+    table, _ = objects_of(store, window_px=window)
+    shares = []
+    for box in (np.s_[8:30, 60:84], np.s_[20:44, 13:50]):
+        counts = np.bincount(type_[box].ravel(), minlength=4)
+        best = counts.argmax() or 1 + counts[1:].argmax()
+        shares.append((TYPE.classes[best], np.float32(counts[best] / counts.sum())))
+    found = zip(table["class"].to_pylist(), table["class_prob"].to_pylist(), strict=True)
+    assert sorted(found) == sorted(shares)
 
 
 def test_an_object_larger_than_the_window_across_corners_and_at_the_border():

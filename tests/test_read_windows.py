@@ -183,19 +183,21 @@ def test_windows_are_read_only_views(path):
                 window[0] = 0
 
 
-def test_stop_ends_the_iteration(path):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stop_ends_the_iteration(path, threads):
     boxes = [Box(x=0, y=y, width=64, height=64) for y in range(0, 400, 16)]
     with Slide.open(path) as slide:
         grid = slide.working_grid(0.25)
         seen = []
-        windows = slide.read_windows(grid, boxes, threads=2, stop=lambda: len(seen) >= 3)
+        windows = slide.read_windows(grid, boxes, threads=threads, stop=lambda: len(seen) >= 3)
         for _ in windows:
             seen.append(None)
         assert len(seen) == 3
-        assert list(slide.read_windows(grid, boxes, threads=2, stop=lambda: True)) == []
+        assert not list(slide.read_windows(grid, boxes, threads=threads, stop=lambda: True))
 
 
-def test_an_error_in_a_thread_reaches_the_caller(path):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_in_a_thread_reaches_the_caller(path, threads):
     with Slide.open(path) as slide:
 
         def fail(*place):
@@ -204,16 +206,17 @@ def test_an_error_in_a_thread_reaches_the_caller(path):
         slide._reader.tile = fail
         grid = slide.working_grid(0.25)
         with pytest.raises(MemoryError, match="made up"):
-            list(slide.read_windows(grid, [Box(x=0, y=0, width=64, height=64)], threads=2))
+            list(slide.read_windows(grid, [Box(x=0, y=0, width=64, height=64)], threads=threads))
 
 
-def test_closing_early_leaves_no_thread(path):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_closing_early_leaves_no_thread(path, threads):
     import threading
 
     boxes = [Box(x=0, y=y, width=64, height=64) for y in range(0, 400, 16)]
     with Slide.open(path) as slide:
         before = threading.active_count()
-        windows = slide.read_windows(slide.working_grid(0.25), boxes, threads=3)
+        windows = slide.read_windows(slide.working_grid(0.25), boxes, threads=threads)
         next(windows)
         windows.close()
         assert threading.active_count() == before

@@ -45,7 +45,8 @@ _FIRST_RADIUS_PX = 64
 
 
 _FEW_BITS, _MANY_BITS = 22, 40
-"""Of a label in a cell of 32 bits, beside a probability and a sign, and of 64."""
+"""Of a label in a cell of 32 bits, and of 64. The 10 others of the 32 are a sign and a probability
+of 0 to 255, plus one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

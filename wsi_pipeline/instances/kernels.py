@@ -69,8 +69,8 @@ def threshold_runs(
     """List the maximal runs of pixels with much of one probability and little of another.
 
     Args:
-        inner: (H, W) uint8, this or more.
-        contour: (H, W) uint8, less than this.
+        inner: (H, W) uint8; a run's pixels have ``inner_from`` or more.
+        contour: (H, W) uint8; they have less than ``contour_below``.
         inner_from: 0 to 256.
         contour_below: 0 to 256.
 
@@ -90,9 +90,8 @@ def threshold_runs(
         for x in range(width):
             core[x] = (np.uint16(inner_of[x]) >= least) & (np.uint16(contour_of[x]) < end)
         if n + width + 2 > edges.size:
-            longer, longer_y = np.empty(2 * (n + width), np.int32), np.empty(n + width, np.int32)
-            longer[:n], longer_y[: n // 2] = edges[:n], y_of[: n // 2]
-            edges, y_of = longer, longer_y
+            edges = _lengthened(edges, n, 2 * (n + width + 2))
+            y_of = _lengthened(y_of, n // 2, n + width + 2)
         first, before = n, np.uint8(0)
         for k in range(eight.size):
             if eight[k] == np.uint64(before) * full:
@@ -104,6 +103,14 @@ def threshold_runs(
                 before = core[x]
         y_of[first // 2 : n // 2] = y
     return y_of[: n // 2].copy(), edges[:n:2].copy(), edges[1:n:2].copy()
+
+
+@compiled
+def _lengthened(array: Ints, kept: int, size: int) -> Ints:
+    """Return a longer array with the same first entries."""
+    longer = np.empty(size, array.dtype)
+    longer[:kept] = array[:kept]
+    return longer
 
 
 @compiled
@@ -216,7 +223,11 @@ def _choose(
     around: Ints,
     offsets: Ints,
 ) -> int:
-    """Return the label that a free pixel takes; 0 if no neighbour may have it."""
+    """Return the label that a free pixel takes; 0 if no neighbour may have it.
+
+    ``label_at`` holds a core's label, that of a grown pixel and ``_GROWN``, or, below 0, one that
+    is taken in this step and counts in the next.
+    """
     best, value = 0, -1
     for k in range(4):
         source = target + around[k]
@@ -312,6 +323,7 @@ def tally(
         (count + 1, 2) int64 pixels and summed inner values; (count + 1, n_classes) int64 votes.
     """
     left, top, right, bottom = part
+    # Memory that nothing is written to costs nothing.
     runs = np.empty((4, (right - left) * (bottom - top)), np.int32)
     sums = np.zeros((count + 1, 2), np.int64)
     votes = np.zeros((count + 1, n_classes), np.int64)

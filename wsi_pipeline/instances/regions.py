@@ -203,31 +203,39 @@ class _Growth:
         lone core grows to exactly its dilation.
         """
         steps = max((abs(dx) + abs(dy) for dx, dy in self.element), default=0)
-        window = tile.pad(2 * steps + 2).intersect(self.maps.grid.box)
-        (y, x0, x1), values = self.cores.window(window)
-        ids, local = np.unique(values, return_inverse=True)
-        if not ids.size:
-            return _Piece(
-                places=np.empty((3, 0), np.int32),
-                values=np.empty(0, np.int32),
-                ids=ids,
-                sums=np.empty((0, 2), np.int64),
-                votes=np.empty((0, self.maps.n_classes), np.int64),
-            )
+        seen = tile.pad(2 * steps + 2).intersect(self.maps.grid.box)
+        (y, x0, x1), values = self.cores.window(seen)
+        if not values.size:
+            return self._nothing()
         # Nothing grows farther than this.
-        around = Box.from_edges(int(x0.min()), int(y[0]), int(x1.max()), int(y[-1]) + 1).pad(steps)
-        window = window.intersect(around)
+        around = Box.from_edges(int(x0.min()), int(y.min()), int(x1.max()), int(y.max()) + 1).pad(
+            steps
+        )
+        window = seen.intersect(around)
+        part = tile.intersect(window)
+        if not part.area:
+            return self._nothing()
         # The border is as wide as the element reaches: flat offsets never wrap around.
         read = window.pad(steps + 1)
         inner, _ = self.maps.probabilities(read)
         image = np.zeros(inner.shape, np.int32)
+        ids, local = np.unique(values, return_inverse=True)
         paint(image, y, x0, x1, (local + 1).astype(np.int32), read.x, read.y)
         ground = self._ground(read, window)
         flat = np.array([dy * read.width + dx for dx, dy in self.element], np.int64)
         owner = np.concatenate([[0], self.owners[ids]]).astype(np.int32)
         runs = np.stack([y - read.y, x0 - read.x, x1 - read.x]).astype(np.int32)
         grow(image, inner, ground, owner, flat, steps, runs)
-        return self._collect(tile.intersect(window), read, image, inner, ids)
+        return self._collect(part, read, image, inner, ids)
+
+    def _nothing(self) -> _Piece:
+        return _Piece(
+            places=np.empty((3, 0), np.int32),
+            values=np.empty(0, np.int32),
+            ids=np.empty(0, np.int32),
+            sums=np.empty((0, 2), np.int64),
+            votes=np.empty((0, self.maps.n_classes), np.int64),
+        )
 
     def _ground(self, read: Box, window: Box) -> Ints:
         if self.parent is None:

@@ -49,7 +49,7 @@ def read_bands(
     Args:
         sampling: from the grid of the boxes to the file.
         boxes: panel by panel, row by row, left to right; rows may have gaps.
-        fetch: decodes a tile; called from several threads.
+        fetch: decodes a tile; called from each of the threads.
         threads: how many decode at once. One more plans ahead for them; one alone does both.
         stop: asked often; once true, the iteration ends.
 
