@@ -1,6 +1,7 @@
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,33 @@ def test_the_sum_of_the_ranks_gradients_is_the_gradient_of_the_batch(tmp_path):
         assert (found["idle"] == 3.0).all()
         assert found["agreed"] == (5.0, 2.0)
         assert found["any"] == (True, False)
+
+
+def join_and_leave(rank, port, folder):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    with join_ranks("cpu") as ranks:
+        weight = nn.Parameter(torch.ones(3))
+        weight.sum().backward()
+        torch.optim.AdamW([weight]).step()
+        ranks.any(False)
+        during = threads()
+    (folder / str(rank)).write_text(f"{during}\n{threads()}")
+
+
+def threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    # One that does may abort the process at its end.
+    mp.spawn(join_and_leave, args=(free_port(), tmp_path), nprocs=2)
+    for rank in range(2):
+        during, after = map(int, (tmp_path / str(rank)).read_text().split())
+        assert during > 0
+        assert after == 0
 
 
 def test_alone_nothing_is_exchanged(monkeypatch):

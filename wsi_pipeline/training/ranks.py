@@ -9,6 +9,7 @@ checkpoint is the run's.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,6 +140,9 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
+    # An optimiser's first step imports this module. Its functions keep the group that there is then
+    # as a default, whose threads would outlive it, and sometimes abort the process at its end.
+    importlib.import_module("torch.distributed.nn.functional")
     # The others wait while the first rank pre-trains or validates.
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=2))
